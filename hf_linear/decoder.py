@@ -1,0 +1,429 @@
+"""The one decoder of all families: x + mixer(norm(x)), x + mlp(norm(x)), with a mixer of its own for every layer.
+
+A family is a config, a choice of mixers and names. What differs between families is a class attribute or a config field.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Collection
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import initialization as init
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers.modeling_layers import (
+    GenericForSequenceClassification,
+    GenericForTokenClassification,
+    GradientCheckpointingLayer,
+)
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.utils import can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from hf_linear.cache import prepare_cache
+from hf_linear.mixers import MIXERS
+from hf_linear.mixers.attention import Attention
+from hf_linear.mixers.hyena import HyenaFilter
+from hf_linear.modules.mlp import GatedMLP
+
+
+class LinearConfig(PreTrainedConfig):
+    """The fields that every family shares; a family adds those of its mixer.
+
+    Args:
+        intermediate_size: width of the MLP; None for hidden_size * hidden_ratio * 2 / 3 rounded up to a multiple of 256.
+        num_kv_heads: key-value heads; None for num_heads.
+        head_dim: width of an attention head; None for hidden_size / num_heads.
+        rope_parameters: rotary positions of attention layers, as everywhere in Transformers; None for no positions.
+        sliding_window: tokens that a sliding attention layer sees.
+        mixers: the mixer of each layer, by name; None for the family's own in every layer.
+        layer_types: Transformers' words for the mixers; follows from `mixers`, and stands in for it when given alone.
+    """
+
+    keys_to_ignore_at_inference: ClassVar = ["past_key_values"]
+    attribute_map: ClassVar = {"num_attention_heads": "num_heads", "num_key_value_heads": "num_kv_heads"}
+    mixer: ClassVar[str]
+    presets: ClassVar[dict[str, dict[str, Any]]] = {}
+
+    vocab_size: int = 32000
+    hidden_size: int = 2048
+    num_hidden_layers: int = 24
+    num_heads: int = 4
+    num_kv_heads: int | None = None
+    head_dim: int | None = None
+    intermediate_size: int | None = None
+    hidden_ratio: float | int = 4
+    hidden_act: str = "silu"
+    max_position_embeddings: int = 2048
+    norm_eps: float = 1e-6
+    initializer_range: float = 0.02
+    attention_bias: bool = False
+    rope_parameters: dict | None = None
+    sliding_window: int | None = None
+    mixers: list[str] | None = None
+    layer_types: list[str] | None = None
+    use_cache: bool = True
+    pad_token_id: int | None = None
+    bos_token_id: int | None = 1
+    eos_token_id: int | list[int] | None = 2
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        self.check_names(kwargs)
+        if self.num_kv_heads is None:
+            self.num_kv_heads = self.num_heads
+        self.check_divides("num_heads", self.num_heads, "hidden_size", self.hidden_size)
+        self.check_divides("num_kv_heads", self.num_kv_heads, "num_heads", self.num_heads)
+        if self.head_dim is None:
+            self.head_dim = self.hidden_size // self.num_heads
+        if self.intermediate_size is None:
+            self.intermediate_size = -(-int(self.hidden_size * self.hidden_ratio * 2 / 3) // 256) * 256
+        self.set_layers()
+        no_positions = self.rope_parameters is None and "rope_theta" not in kwargs and "rope_scaling" not in kwargs
+        super().__post_init__(**kwargs)
+        if no_positions:  # the base class reads None as its default rotary positions
+            self.rope_parameters = None
+
+    @classmethod
+    def from_preset(cls, name: str, **overrides: Any) -> LinearConfig:
+        """The config of a published shape, by name."""
+        if name not in cls.presets:
+            raise ValueError(f"preset of {cls.model_type} must be one of {sorted(cls.presets)}, got {name!r}")
+        return cls(**{**cls.presets[name], **overrides})
+
+    def for_mixer(self, name: str) -> LinearConfig:
+        """The config that a layer's mixer reads."""
+        return self
+
+    def check_names(self, extra: dict) -> None:
+        """Transformers keeps unknown keywords as attributes; one that looks like a field is a slip of the pen."""
+        fields = {field.name for field in dataclasses.fields(self)} | set(self.attribute_map)
+        for name in extra:
+            close = difflib.get_close_matches(name, fields, n=1, cutoff=0.85)
+            if close and name not in fields:
+                raise ValueError(f"{type(self).__name__} has no field {name!r}: did you mean {close[0]!r}?")
+
+    def check_divides(self, part_name: str, part: int, whole_name: str, whole: int) -> None:
+        if part < 1 or whole % part:
+            raise ValueError(f"{part_name} must divide {whole_name} = {whole}, got {part}")
+
+    def check_choice(self, name: str, choices: Collection) -> None:
+        value = getattr(self, name)
+        if value not in choices:
+            raise ValueError(f"{name} of {self.model_type} must be one of {sorted(choices)}, got {value!r}")
+
+    def set_layers(self) -> None:
+        """Fill `mixers` and `layer_types` from each other and check that they agree."""
+        names = {
+            "linear_attention": self.mixer,
+            "full_attention": "attention",
+            "sliding_attention": "sliding_attention",
+        }
+        if self.mixers is None:
+            kinds = self.layer_types or ["linear_attention"] * self.num_hidden_layers
+            unknown = sorted(set(kinds) - set(names))
+            if unknown:
+                raise ValueError(f"layer_types must be of {sorted(names)}, got {unknown}")
+            self.mixers = [names[kind] for kind in kinds]
+        unknown = sorted(set(self.mixers) - set(MIXERS))
+        if unknown:
+            raise ValueError(f"mixers must be of {sorted(MIXERS)}, got {unknown}")
+        if len(self.mixers) != self.num_hidden_layers:
+            raise ValueError(
+                f"mixers must name one for each of num_hidden_layers = {self.num_hidden_layers}, got {len(self.mixers)}"
+            )
+        layer_types = [MIXERS[name].layer_type for name in self.mixers]
+        if self.layer_types not in (None, layer_types):
+            raise ValueError(f"layer_types must be those of mixers, {layer_types}, got {self.layer_types}: leave one out")
+        self.layer_types = layer_types
+        if "sliding_attention" in self.mixers and not self.sliding_window:
+            raise ValueError("sliding_window must be a number of tokens for sliding_attention layers, got None")
+
+
+class DecoderLayer(GradientCheckpointingLayer):
+    """x + mixer(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, config: LinearConfig, layer_idx: int, mixer: str, norm: type[nn.Module], mlp: type[nn.Module]) -> None:
+        super().__init__()
+        self.mixer_norm = norm(config.hidden_size, eps=config.norm_eps)
+        self.mixer = MIXERS[mixer](config.for_mixer(mixer), layer_idx)
+        self.mlp_norm = norm(config.hidden_size, eps=config.norm_eps)
+        self.mlp = mlp(config)
+
+    def forward(self, x: Tensor, **kwargs: Any) -> Tensor:
+        y, _ = self.mixer(self.mixer_norm(x), **kwargs)
+        x = x + y
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class LinearPreTrainedModel(PreTrainedModel):
+    """Weights, loading and saving."""
+
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules: ClassVar = ["DecoderLayer"]
+    _skip_keys_device_placement: ClassVar = ["past_key_values"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _is_stateful = True
+    _can_record_outputs: ClassVar = {
+        "hidden_states": DecoderLayer,
+        "attentions": OutputRecorder(Attention, index=1),
+    }
+    norm_class: ClassVar[type[nn.Module]] = nn.RMSNorm
+    mlp_class: ClassVar[type[nn.Module]] = GatedMLP
+
+    def __init__(self, config: LinearConfig, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        states = [MIXERS[name].cache_layer for name in config.mixers or []]
+        self._can_compile_fullgraph = all(state is None or state.is_compileable for state in states)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, HyenaFilter):
+            init.copy_(module.z, module.positions())
+            init.constant_(module.freq, module.config.activation_freq)
+            init.normal_(module.skip)
+
+
+class LinearModel(LinearPreTrainedModel):
+    """Token embedding, decoder layers, final norm."""
+
+    def __init__(self, config: LinearConfig):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        layers = (DecoderLayer(config, i, m, self.norm_class, self.mlp_class) for i, m in enumerate(config.mixers or []))
+        self.layers = nn.ModuleList(layers)
+        self.norm = self.norm_class(config.hidden_size, eps=config.norm_eps)
+        self.gradient_checkpointing = False
+        self._keep_in_fp32_modules_strict = {name for m in config.mixers or [] for name in MIXERS[m].float32_modules}
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | dict | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Hidden states of a batch, of a padded batch, or of documents packed in one row.
+
+        Args:
+            input_ids: [B, T], or `inputs_embeds` [B, T, hidden_size] in its place.
+            attention_mask: [B, past + T] with 0 on padding, or what `generate` prepared from it.
+            position_ids: [B or 1, T]. Without a mask and a cache, positions that restart mean packed documents (B = 1), as
+                `DataCollatorWithFlattening` emits them; so does `cu_seq_lens_q`, their boundaries.
+            past_key_values: a cache of this model. A packed row has none.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        given_cache = past_key_values is not None
+        cu_seqlens = kwargs.get("cu_seq_lens_q")
+        if cu_seqlens is None and position_ids is not None and attention_mask is None and not given_cache:
+            cu_seqlens = packed_boundaries(position_ids, x.shape[0])
+        if cu_seqlens is not None:
+            check_packed(x, attention_mask, given_cache)
+            use_cache = False
+        if use_cache and not given_cache:
+            past_key_values = DynamicCache(config=self.config)
+        if past_key_values is not None:
+            past_key_values = prepare_cache(past_key_values, [layer.mixer for layer in self.layers])
+        if position_ids is None:
+            position_ids = positions(x, attention_mask, cu_seqlens, past_key_values)
+        masks = self.make_masks(x, attention_mask, position_ids, past_key_values)
+        for layer, kind in zip(self.layers, self.config.layer_types, strict=True):
+            x = layer(
+                x,
+                attention_mask=masks[kind],
+                position_ids=position_ids,
+                cu_seqlens=cu_seqlens,
+                past_key_values=past_key_values,
+                **kwargs,
+            )
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(x), past_key_values=past_key_values)
+
+    def make_masks(
+        self, x: Tensor, attention_mask: Tensor | dict | None, position_ids: Tensor, past_key_values: Cache | None
+    ) -> dict:
+        """The mask of every layer type."""
+        if isinstance(attention_mask, dict):
+            return attention_mask
+        kinds = set(self.config.layer_types)
+        masks: dict[str, Tensor | None] = {}
+        if "linear_attention" in kinds:
+            masks["linear_attention"] = padding_mask(attention_mask, x.shape[1])
+        arguments = {
+            "config": self.config,
+            "inputs_embeds": x,
+            "attention_mask": attention_mask,
+            "past_key_values": past_key_values,
+            "position_ids": position_ids.expand(x.shape[0], -1),
+        }
+        if "full_attention" in kinds:
+            masks["full_attention"] = create_causal_mask(**arguments)
+        if "sliding_attention" in kinds:
+            check_window(attention_mask, past_key_values, self.config.sliding_window)
+            masks["sliding_attention"] = create_sliding_window_causal_mask(**arguments)
+        return masks
+
+
+def padding_mask(attention_mask: Tensor | None, T: int) -> Tensor | None:
+    """The new tokens' part of a padding mask [B, past + T], None where nothing is padded."""
+    if attention_mask is None:
+        return None
+    if attention_mask.dim() != 2:
+        raise ValueError(
+            f"attention_mask must be [B, T] with 0 on padding, got {list(attention_mask.shape)}: "
+            "a recurrent layer passes every token on to all later ones and can hide padding only"
+        )
+    if not torch.compiler.is_compiling() and bool((attention_mask == 1).all()):
+        return None
+    return attention_mask[:, -T:]
+
+
+def check_window(attention_mask: Tensor | None, past_key_values: Cache | None, window: int) -> None:
+    """A sliding window counts places in the cache: with padding inside it, it would reach fewer tokens than it should."""
+    if attention_mask is None or past_key_values is None or attention_mask.shape[1] <= window:
+        return
+    if past_key_values.get_seq_length() == 0 or torch.compiler.is_compiling():
+        return
+    real = attention_mask != 0
+    begun = real.cumsum(1) > 0
+    interrupted = (begun & ~real).cumsum(1) > 0
+    if bool((interrupted & real).any()):
+        raise ValueError(
+            f"attention_mask must not have padding inside a sequence longer than sliding_window = {window}, got some: "
+            "pad the first call on the left"
+        )
+
+
+def positions(
+    x: Tensor, attention_mask: Tensor | dict | None, cu_seqlens: Tensor | None, past_key_values: Cache | None
+) -> Tensor:
+    """Positions counted inside each document or each row's real tokens, [B or 1, T]."""
+    T = x.shape[1]
+    steps = torch.arange(T, device=x.device)
+    if cu_seqlens is not None:
+        starts = cu_seqlens.long()
+        return (steps - starts[torch.searchsorted(starts[1:], steps, right=True)])[None]
+    seen = 0 if past_key_values is None else past_key_values.get_seq_length()
+    if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:
+        if not isinstance(seen, Tensor) and attention_mask.shape[1] != seen + T:
+            raise ValueError(
+                f"attention_mask must cover {seen} cached and {T} new tokens, [B, {seen + T}], got "
+                f"{list(attention_mask.shape)}: concatenate the mask of the earlier calls with that of this one"
+            )
+        return (attention_mask.long().cumsum(1) - 1).clamp(min=0)[:, -T:]
+    return (steps + seen)[None]
+
+
+def packed_boundaries(position_ids: Tensor, B: int) -> Tensor | None:
+    """cu_seqlens of the documents in a row whose positions restart, None for one document a row."""
+    restarts = position_ids.diff(dim=-1) != 1
+    if torch.compiler.is_compiling():
+        # Boundaries would have a shape that depends on data, which a graph cannot hold.
+        torch._assert_async(
+            ~restarts.any(),
+            "position_ids that restart cannot be compiled: pass cu_seq_lens_q, the documents' boundaries",
+        )
+        return None
+    if not restarts.any():
+        return None
+    if B != 1:
+        raise ValueError(
+            f"packed documents (position_ids that restart) need a batch of one row, got B = {B}: "
+            "concatenate the rows along the tokens, or pass an attention_mask for a padded batch"
+        )
+    inner = restarts[0].nonzero().flatten() + 1
+    return torch.cat([inner.new_zeros(1), inner, inner.new_full((1,), position_ids.shape[-1])])
+
+
+def check_packed(x: Tensor, attention_mask: Tensor | dict | None, given_cache: bool) -> None:
+    if x.shape[0] != 1:
+        raise ValueError(
+            f"packed documents (cu_seq_lens_q) need a batch of one row, got B = {x.shape[0]}: "
+            "concatenate the rows along the tokens"
+        )
+    if attention_mask is not None:
+        raise ValueError("attention_mask must be None for packed documents, got a mask: leave their padding out instead")
+    if given_cache:
+        raise ValueError("past_key_values must be None for packed documents, got a cache: continue one document at a time")
+
+
+class LinearForCausalLM(LinearPreTrainedModel, GenerationMixin):
+    """The decoder with a language-model head."""
+
+    _tied_weights_keys: ClassVar = {"lm_head.weight": "model.embed_tokens.weight"}
+    model_class: ClassVar[type[LinearModel]]
+
+    def __init__(self, config: LinearConfig):
+        super().__init__(config)
+        self.model = self.model_class(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | dict | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Logits [B, T, vocab_size], and the loss for `labels` [B, T] (-100 where none is wanted)."""
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, keep])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict, *args: Any, **kwargs: Any) -> None:
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        cache = model_kwargs.get("past_key_values")
+        if cache is not None:  # before the first forward: `generate` asks it for its length
+            model_kwargs["past_key_values"] = prepare_cache(cache, [layer.mixer for layer in self.model.layers])
+
+
+class LinearForSequenceClassification(GenericForSequenceClassification):
+    """The decoder with a score for each row, read at its last real token."""
+
+
+class LinearForTokenClassification(GenericForTokenClassification):
+    """The decoder with a score for each token."""

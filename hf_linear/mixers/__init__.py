@@ -1,0 +1,26 @@
+"""Token mixers by the names that configs use. A mixer maps x [B, T, hidden] to (y [B, T, hidden], attention weights or None).
+
+What a mixer is given besides x:
+    attention_mask   the mask of its layer type: [B, T] with 0 on padding for recurrent mixers, Transformers' own for attention
+    position_ids     [B or 1, T], counted inside each document
+    cu_seqlens       [N + 1] boundaries of packed documents, or None
+    past_key_values  the cache, or None
+"""
+
+from hf_linear.mixers.attention import Attention, SlidingAttention
+from hf_linear.mixers.base import RecurrentMixer
+from hf_linear.mixers.gla import GatedLinearAttention
+from hf_linear.mixers.hyena import Hyena
+from hf_linear.mixers.linear_attention import LinearAttention
+from hf_linear.mixers.retention import Retention
+
+MIXERS: dict[str, type[Attention] | type[RecurrentMixer]] = {
+    "attention": Attention,
+    "sliding_attention": SlidingAttention,
+    "linear_attention": LinearAttention,
+    "retention": Retention,
+    "gla": GatedLinearAttention,
+    "hyena": Hyena,
+}
+
+__all__ = ["MIXERS"]

@@ -1,0 +1,87 @@
+"""Softmax attention through Transformers' AttentionInterface: eager, SDPA, flash, or what the user registered."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache, PreTrainedConfig
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from hf_linear.modules.rotary import AttentionRotary
+
+
+class Attention(nn.Module):
+    """softmax(q k^T / sqrt(head_dim)) v with grouped key-value heads, rotary positions or none. State: keys and values."""
+
+    layer_type = "full_attention"
+    cache_layer = None
+    float32_modules = ()
+    is_causal = True
+    sliding_window: int | None = None
+
+    def __init__(self, config: PreTrainedConfig, layer_idx: int):
+        super().__init__()
+        self.config, self.layer_idx = config, layer_idx
+        self.head_dim = config.head_dim
+        self.num_key_value_groups = config.num_heads // config.num_kv_heads
+        self.scaling = self.head_dim**-0.5
+        bias = config.attention_bias
+        self.q_proj = nn.Linear(config.hidden_size, config.num_heads * self.head_dim, bias=bias)
+        self.k_proj = nn.Linear(config.hidden_size, config.num_kv_heads * self.head_dim, bias=bias)
+        self.v_proj = nn.Linear(config.hidden_size, config.num_kv_heads * self.head_dim, bias=bias)
+        self.o_proj = nn.Linear(config.num_heads * self.head_dim, config.hidden_size, bias=False)
+        self.rotary = AttentionRotary(config)
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        position_ids: Tensor,
+        attention_mask: Any = None,
+        cu_seqlens: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
+        q, k = self.rotary(q, k, position_ids)
+        q, k, v = (y.transpose(1, 2) for y in (q, k, v))
+        if past_key_values is not None:
+            k, v = past_key_values.update(k, v, self.layer_idx)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
+        o, weights = attend(
+            self,
+            q,
+            k,
+            v,
+            attention_mask,
+            dropout=0.0,
+            scaling=self.scaling,
+            sliding_window=self.sliding_window,
+            position_ids=position_ids,
+            **kwargs,
+        )
+        return self.o_proj(o.flatten(-2)), weights
+
+
+class SlidingAttention(Attention):
+    """Attention to the last `sliding_window` tokens."""
+
+    layer_type = "sliding_attention"
+
+    def __init__(self, config: PreTrainedConfig, layer_idx: int):
+        super().__init__(config, layer_idx)
+        self.sliding_window = config.sliding_window
+
+
+def eager_attention(
+    module: Attention, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float, **kwargs: Any
+) -> tuple[Tensor, Tensor]:
+    """Attention that shows its weights. q, k, v: [B, H, T, D]; mask is added to the scores."""
+    k, v = (y.repeat_interleave(module.num_key_value_groups, dim=1) for y in (k, v))
+    scores = scaling * q @ k.transpose(-1, -2)
+    if mask is not None:
+        scores = scores + mask
+    weights = torch.softmax(scores, -1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype)
+    return (weights @ v).transpose(1, 2), weights

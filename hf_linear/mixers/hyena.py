@@ -1,0 +1,157 @@
+"""Hyena: long convolutions with implicit filters, between multiplicative gates."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache, PreTrainedConfig
+
+from hf_linear.cache import HistoryLayer
+from hf_linear.mixers.base import RecurrentMixer
+from hf_linear.modules.padding import right_align, take, zero_padding
+from hf_linear.modules.short_conv import ShortConv
+from hf_linear.ops import long_conv
+from hf_linear.ops.dispatch import full_precision
+
+
+class Hyena(RecurrentMixer):
+    """v <- h_n * (x_n v) + skip_n x_n v for n = N-1, ..., 1, then y = out_proj(x_0 v); x_0, ..., x_{N-1}, v project the input.
+
+    State: the inputs of its N - 1 long convolutions, [B, (N - 1) D, t], and the last inputs of the short one.
+    Source: arXiv 2302.10866, definition 3.1.
+    """
+
+    cache_layer = HistoryLayer
+    float32_modules = ("implicit_filter",)
+
+    def __init__(self, config: PreTrainedConfig, layer_idx: int):
+        super().__init__(config, layer_idx)
+        D, self.order = config.hidden_size, config.hyena_order
+        self.cache_options = {"max_length": config.max_position_embeddings}
+        self.in_proj = nn.Linear(D, (self.order + 1) * D)
+        self.short_filter = ShortConv((self.order + 1) * D, config.short_filter_order, bias=True)
+        self.implicit_filter = HyenaFilter(config)
+        self.out_proj = nn.Linear(D, D)
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        position_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, None]:
+        D, cache = x.shape[-1], self.state(past_key_values)
+        past = {} if cache is None else {name: cache.read(name) for name in ("conv", "recurrent")}
+        short, conv_state = self.short_filter(self.in_proj(x), attention_mask, cu_seqlens, past.get("conv"))
+        *gates, v = short.split(D, dim=-1)
+
+        histories = past.get("recurrent")
+        seen = 0 if histories is None else histories.shape[-1]
+        h, skip = self.implicit_filter(seen + x.shape[1] if cu_seqlens is None else self.implicit_filter.length)
+        kept = []
+        for n in range(self.order - 1, 0, -1):
+            i = self.order - 1 - n
+            history = None if histories is None else histories[:, i * D : (i + 1) * D]
+            v, history = self.convolve(v, gates[n], h[i], skip[i], history, attention_mask, cu_seqlens)
+            kept.append(history)
+        if cache is not None:
+            cache.write(x.shape[1], conv=conv_state, recurrent=torch.cat(kept, 1))
+        return self.out_proj(gates[0] * v), None
+
+    @staticmethod
+    def convolve(
+        v: Tensor,
+        gate: Tensor,
+        h: Tensor,
+        skip: Tensor,
+        history: Tensor | None,
+        mask: Tensor | None,
+        cu_seqlens: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """The long convolution of gate * v, [B, T, D]; padding is taken out of the way first."""
+        if mask is None:
+            v, gate = v.transpose(1, 2), gate.transpose(1, 2)
+            y, history = long_conv(v, h, skip, pre_gate=gate, initial_state=history, cu_seqlens=cu_seqlens)
+            return y.transpose(1, 2), history
+        dtype = torch.promote_types(v.dtype, torch.float32)
+        (p,) = zero_padding(mask, v.to(dtype) * gate.to(dtype))
+        past = p.new_zeros(p.shape[0], 0, p.shape[2]) if history is None else history.transpose(1, 2)
+        sequence, place = right_align(mask, past, p)
+        y, history = long_conv(sequence.transpose(1, 2), h, skip)
+        return take(y.transpose(1, 2), place).to(v.dtype), history
+
+
+class HyenaFilter(nn.Module):
+    """h(t) = mlp(z_t) * (exp(-t |delta_d|) + shift), with sine activations and z_t features of the position t.
+
+    The filter of every channel is a function of the position; its parameters stay in float32 whatever the model's dtype, for
+    sin(w x) amplifies their rounding w-fold.
+    Source: arXiv 2302.10866, section 3.3 and appendix D.3.
+    """
+
+    # The slowest and the fastest channel reach `TARGET` after 1.5 and 0.3 times the filter's length.
+    TARGET, SLOW, FAST = 1e-2, 1.5, 0.3
+
+    def __init__(self, config: PreTrainedConfig):
+        super().__init__()
+        self.config = config
+        self.length, self.channels = config.max_position_embeddings, config.hidden_size * (config.hyena_order - 1)
+        width = config.filter_order
+        options: dict[str, Any] = {"dtype": torch.promote_types(torch.get_default_dtype(), torch.float32)}
+        positions = torch.empty(self.length, config.filter_emb_dim, **options)
+        self.z = nn.Parameter(positions, requires_grad=config.train_filter_positions)
+        self.freq = nn.Parameter(torch.empty(width, **options), requires_grad=config.train_freq)
+        sizes = [config.filter_emb_dim, *[width] * (config.num_inner_mlps + 1)]
+        self.layers = nn.ModuleList(nn.Linear(a, b, **options) for a, b in pairwise(sizes))
+        self.out = nn.Linear(width, self.channels, bias=False, **options)
+        self.skip = nn.Parameter(torch.empty(self.channels, **options))
+
+    def _apply(self, fn, recurse=True):
+        def keep_float32(x: Tensor) -> Tensor:
+            moved = fn(x)
+            rounded = moved.dtype in (torch.bfloat16, torch.float16)
+            return x.to(moved.device, torch.float32) if rounded else moved  # moved.float() would be rounded already
+
+        return super()._apply(keep_float32, recurse)
+
+    def forward(self, length: int) -> tuple[Tensor, Tensor]:
+        """The first `length` positions of the filters, [N - 1, D, length], and their skips, [N - 1, D]."""
+        if length > self.length:
+            raise ValueError(
+                f"the sequence must not be longer than the Hyena filter of max_position_embeddings = {self.length}, "
+                f"got {length} tokens: shorten it, or train a model with a longer filter"
+            )
+        with full_precision(self.z):
+            x = self.z[:length]
+            for layer in self.layers:
+                x = torch.sin(self.freq * layer(x))
+            h = self.out(x)  # [length, channels]
+            if self.config.filter_modulate:
+                h = h * self.window(length, h)
+            if self.config.filter_normalize:
+                h = h / h.abs().sum(-1, keepdim=True)
+        per_order = (self.config.hyena_order - 1, -1)
+        return h.T.unflatten(0, per_order), self.skip.unflatten(0, per_order)
+
+    def window(self, length: int, like: Tensor) -> Tensor:
+        """exp(-t |delta|) + shift, [length, channels]; t runs from 0 to 1 over the whole filter."""
+        target = math.log(self.TARGET)
+        slow, fast = target / self.SLOW, target / self.FAST
+        delta = torch.linspace(slow, fast, self.channels, dtype=like.dtype, device=like.device)
+        t = torch.arange(length, dtype=like.dtype, device=like.device)[:, None] / max(self.length - 1, 1)
+        return torch.exp(-t * delta.abs()) + self.config.filter_shift
+
+    def positions(self) -> Tensor:
+        """The initial z, [length, emb_dim]: t, then cos and -sin of its bands, all in float32."""
+        bands = (self.config.filter_emb_dim - 1) // 2
+        t = torch.linspace(0, 1, self.length)[:, None]
+        w = 2 * math.pi * torch.arange(self.length, dtype=torch.float32)[:, None] / self.length
+        f = torch.linspace(1e-4, bands - 1, bands)
+        return torch.cat([t, torch.cos(f * w), -torch.sin(f * w)], -1)

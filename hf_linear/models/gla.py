@@ -1,0 +1,87 @@
+"""GLA: gated linear attention (Yang et al. 2023, arXiv 2312.06635)."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from transformers import GenerationMixin
+
+from hf_linear.decoder import (
+    LinearConfig,
+    LinearForCausalLM,
+    LinearForSequenceClassification,
+    LinearForTokenClassification,
+    LinearModel,
+    LinearPreTrainedModel,
+)
+from hf_linear.modules.feature_maps import FEATURE_MAPS
+
+
+class GLAConfig(LinearConfig):
+    """GLA. The defaults are the 1.3B shape of the paper.
+
+    Args:
+        expand_k: key_dim / hidden_size.
+        expand_v: value_dim / hidden_size.
+        feature_map: phi of queries and keys.
+        use_short_conv: convolve q, k and v over `conv_size` tokens, with SiLU.
+        use_output_gate: multiply the normalised output by silu(W x).
+        elementwise_affine: whether the head norm has weights.
+        gate_low_rank_dim: rank of the decay's projection.
+        gate_logit_normalizer: the decay is sigmoid(.) ** (1 / gate_logit_normalizer).
+        clamp_min: least log-decay a token, None for no limit.
+    """
+
+    model_type = "gla"
+    mixer = "gla"
+    presets: ClassVar = {
+        "340M": {"hidden_size": 1024, "num_hidden_layers": 24, "num_heads": 4},
+        "1.3B": {"hidden_size": 2048, "num_hidden_layers": 24, "num_heads": 4},
+    }
+
+    expand_k: float | int = 0.5
+    expand_v: float | int = 1.0
+    feature_map: str = "identity"
+    use_short_conv: bool = False
+    conv_size: int = 4
+    use_output_gate: bool = True
+    elementwise_affine: bool = True
+    gate_low_rank_dim: int = 16
+    gate_logit_normalizer: float | int = 16
+    clamp_min: float | None = None
+
+    def __post_init__(self, **kwargs) -> None:
+        super().__post_init__(**kwargs)
+        self.check_choice("feature_map", FEATURE_MAPS)
+        self.check_divides("num_heads", self.num_heads, "key_dim", self.key_dim)
+        self.check_divides("num_heads", self.num_heads, "value_dim", self.value_dim)
+
+    @property
+    def key_dim(self) -> int:
+        return int(self.hidden_size * self.expand_k)
+
+    @property
+    def value_dim(self) -> int:
+        return int(self.hidden_size * self.expand_v)
+
+
+class GLAPreTrainedModel(LinearPreTrainedModel):
+    config_class = GLAConfig
+
+
+class GLAModel(GLAPreTrainedModel, LinearModel):
+    """Hidden states of the last layer."""
+
+
+class GLAForCausalLM(GLAPreTrainedModel, LinearForCausalLM, GenerationMixin):
+    """The decoder with a language-model head."""
+
+    model_class = GLAModel
+
+
+class GLAForSequenceClassification(LinearForSequenceClassification, GLAPreTrainedModel):
+    """A score for each row, read at its last real token."""
+
+
+class GLAForTokenClassification(LinearForTokenClassification, GLAPreTrainedModel):
+    """A score for each token."""

@@ -1,0 +1,1 @@
+"""Parts that mixers and the decoder are made of."""

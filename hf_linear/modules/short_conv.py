@@ -1,0 +1,31 @@
+"""The short causal convolution as a module."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import Tensor, nn
+
+from hf_linear.modules.padding import right_align, take
+from hf_linear.ops import short_conv
+
+
+class ShortConv(nn.Conv1d):
+    """Depthwise causal convolution of x [B, T, D] with `kernel_size` taps; its parameters are those of the nn.Conv1d."""
+
+    def __init__(self, dim: int, kernel_size: int, bias: bool = False, activation: Literal["silu"] | None = None):
+        super().__init__(dim, dim, kernel_size, groups=dim, bias=bias)
+        self.activation = activation
+
+    def forward(
+        self, x: Tensor, mask: Tensor | None = None, cu_seqlens: Tensor | None = None, state: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Returns y [B, T, D] and the state [B, kernel_size - 1, D]: the last real inputs of every row."""
+        w, options = self.weight.squeeze(1), {"activation": self.activation}
+        if mask is None:
+            return short_conv(x, w, self.bias, initial_state=state, cu_seqlens=cu_seqlens, **options)
+        W = w.shape[1]
+        past = x.new_zeros(x.shape[0], W - 1, x.shape[2]) if state is None else state
+        sequence, place = right_align(mask, past, x)
+        y, state = short_conv(sequence, w, self.bias, **options)
+        return take(y, place), state

@@ -1,0 +1,18 @@
+"""One public function a recurrence. Each takes tensors and returns (o, final_state)."""
+
+from hf_linear.ops.gated_linear_attention import gated_linear_attention
+from hf_linear.ops.linear_attention import linear_attention
+from hf_linear.ops.long_conv import long_conv
+from hf_linear.ops.retention import retention_chunkwise, retention_decay, retention_parallel, retention_recurrent
+from hf_linear.ops.short_conv import short_conv
+
+__all__ = [
+    "gated_linear_attention",
+    "linear_attention",
+    "long_conv",
+    "retention_chunkwise",
+    "retention_decay",
+    "retention_parallel",
+    "retention_recurrent",
+    "short_conv",
+]

@@ -1,0 +1,49 @@
+"""Gated linear attention: a decay a head, token and key channel."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from hf_linear.ops import chunked, reference
+from hf_linear.ops.dispatch import Backend, check_shape, run
+from hf_linear.ops.linear_attention import prepare
+
+IMPLEMENTATIONS = {"reference": reference.gated_linear_attention, "chunked": chunked.gated_linear_attention}
+
+
+def gated_linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    *,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    backend: Backend = "auto",
+) -> tuple[Tensor, Tensor]:
+    """S_t = diag(exp(g_t)) S_{t-1} + k_t v_t^T,   o_t = scale * S_t^T q_t.
+
+    Args:
+        q: [B, T, H, K].
+        k: [B, T, H, K].
+        v: [B, T, H, V].
+        g: [B, T, H, K], natural log-decay, <= 0.
+        scale: K ** -0.5 when None.
+        initial_state: [B, H, K, V] float32 (float64 for float64 inputs), zeros when None; [N, H, K, V] with `cu_seqlens`.
+        cu_seqlens: [N + 1] int32 or int64, the boundaries of N documents packed in one row (B = 1); each has its own state.
+        backend: "reference" token by token, "chunked" in chunks, "auto" by T. A named backend is used or raises.
+
+    Returns:
+        o [B, T, H, V] in v's dtype, and the final state, shaped and typed as `initial_state`.
+
+    Raises:
+        ValueError: a shape, dtype, device or backend is not as above.
+
+    Source: Yang et al. 2023, arXiv 2312.06635, eq. 3.
+    """
+    state, scale, dtype = prepare(q, k, v, g, scale, initial_state, cu_seqlens)
+    check_shape("g", g, "[B, T, H, K] as k", tuple(k.shape))
+    q, k, v_, g = (x.to(dtype) for x in (q, k, v, g))
+    o, state = run(IMPLEMENTATIONS, backend, q.shape[1], q, k, v_, g, scale, state, cu_seqlens)
+    return o.to(v.dtype), state

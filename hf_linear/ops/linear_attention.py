@@ -1,0 +1,91 @@
+"""Linear attention with no decay, a decay a head, or a decay a head and token."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hf_linear.ops import chunked, reference
+from hf_linear.ops.dispatch import (
+    Backend,
+    check_floating,
+    check_packed,
+    check_sequence,
+    check_shape,
+    check_state,
+    compute_dtype,
+    run,
+)
+
+IMPLEMENTATIONS = {"reference": reference.linear_attention, "chunked": chunked.linear_attention}
+
+
+def linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    backend: Backend = "auto",
+) -> tuple[Tensor, Tensor]:
+    """S_t = exp(g_t) S_{t-1} + k_t v_t^T,   o_t = scale * S_t^T q_t.
+
+    Args:
+        q: [B, T, H, K].
+        k: [B, T, H, K].
+        v: [B, T, H, V].
+        g: natural log-decay, <= 0: None (no decay), [H] (RetNet) or [B, T, H] (Mamba-2).
+        scale: K ** -0.5 when None.
+        initial_state: [B, H, K, V] float32 (float64 for float64 inputs), zeros when None; [N, H, K, V] with `cu_seqlens`.
+        cu_seqlens: [N + 1] int32 or int64, the boundaries of N documents packed in one row (B = 1); each has its own state.
+        backend: "reference" token by token, "chunked" in chunks, "auto" by T. A named backend is used or raises.
+
+    Returns:
+        o [B, T, H, V] in v's dtype, and the final state, shaped and typed as `initial_state`.
+
+    Raises:
+        ValueError: a shape, dtype, device or backend is not as above.
+
+    Source: Katharopoulos et al. 2020, arXiv 2006.16236, eq. 16-18; RetNet, arXiv 2307.08621, eq. 6;
+    Mamba-2, arXiv 2405.21060, eq. 16.
+    """
+    state, scale, dtype = prepare(q, k, v, g, scale, initial_state, cu_seqlens)
+    B, T, H, _ = q.shape
+    if g is None:
+        g = q.new_zeros(H)
+    elif g.dim() == 1:
+        check_shape("g", g, "[H]", (H,))
+    else:
+        check_shape("g", g, "[H] or [B, T, H]", (B, T, H))
+    q, k, v_, g = (x.to(dtype) for x in (q, k, v, g))
+    o, state = run(IMPLEMENTATIONS, backend, T, q, k, v_, g.expand(B, T, H), scale, state, cu_seqlens)
+    return o.to(v.dtype), state
+
+
+def prepare(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    scale: float | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, float, torch.dtype]:
+    """Check what the matrix-state ops have in common; returns the initial state, the scale and the dtype to compute in."""
+    check_floating(q=q, k=k, v=v, g=g, initial_state=initial_state)
+    check_sequence("q", q, "[B, T, H, K]", dim=1)
+    B, T, H, K = q.shape
+    check_shape("k", k, "[B, T, H, K] as q", (B, T, H, K))
+    check_sequence("v", v, "[B, T, H, V]", dim=1)
+    V = v.shape[-1]
+    check_shape("v", v, "[B, T, H, V] as q", (B, T, H, V))
+    check_packed(cu_seqlens, q, T)
+    dtype = compute_dtype(v)
+    shape = (B if cu_seqlens is None else len(cu_seqlens) - 1, H, K, V)
+    if initial_state is None:
+        initial_state = torch.zeros(shape, dtype=dtype, device=q.device)
+    check_state("initial_state", initial_state, "[B, H, K, V] (packed: [N, H, K, V])", shape, dtype)
+    return initial_state, K**-0.5 if scale is None else scale, dtype
