@@ -28,8 +28,8 @@ def register() -> None:
         "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES": AutoModelForTokenClassification,
     }
     for config, *classes in models.FAMILIES:
-        if config.model_type in CONFIG_MAPPING and CONFIG_MAPPING[config.model_type] is not config:
-            other = CONFIG_MAPPING[config.model_type].__module__
+        other = CONFIG_MAPPING[config.model_type].__module__ if config.model_type in CONFIG_MAPPING else __name__
+        if other.split(".")[0] != __name__:  # a class of ours from an earlier import is replaced
             warnings.warn(
                 f"model_type {config.model_type!r} belongs to {other}, which was imported first: the Auto classes open it "
                 f"with that library. Import hf_linear before it, or use hf_linear.{config.__name__} and its models by name.",

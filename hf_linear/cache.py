@@ -25,10 +25,10 @@ class StateLayer(LinearAttentionLayer, CacheLayerMixin):
     is_croppable = False  # a recurrent state has forgotten what to go back to
     is_sliding = None  # neither True nor False: masks take their size from a layer of attention
 
-    def __init__(self, static: bool = False, max_length: int = -1):
+    def __init__(self, mixer: str, static: bool = False, max_length: int = -1):
         LinearAttentionLayer.__init__(self)
         CacheLayerMixin.__init__(self)
-        self.max_length = max_length
+        self.mixer, self.max_length = mixer, max_length
         # A compiled decoding step would be compiled anew for every value of a Python integer.
         self.seen_tokens: int | Tensor = torch.tensor(0) if static else 0
 
@@ -46,6 +46,11 @@ class StateLayer(LinearAttentionLayer, CacheLayerMixin):
 
     def write(self, tokens: int, **states: Tensor) -> None:
         """Keep the states that `tokens` more tokens lead to."""
+        if self.has_previous_state[0] and self.states.keys() != states.keys():
+            raise ValueError(
+                f"the cache of {self.mixer} must hold the states {sorted(states)}, got {sorted(self.states)}: "
+                "this is the cache of another model, pass DynamicCache(config=model.config) or one that this model returned"
+            )
         if isinstance(self.seen_tokens, Tensor) and not self.has_previous_state[0]:
             self.seen_tokens = self.seen_tokens.to(next(iter(states.values())).device)
             if not torch.compiler.is_compiling():
@@ -125,11 +130,30 @@ def prepare_cache(cache: Cache, mixers: Sequence) -> Cache:
         wanted = mixer.cache_layer
         recurrent = isinstance(layer, LinearAttentionLayer)
         fresh = type(layer) is LinearAttentionLayer and not layer.has_previous_state[0]
-        if wanted is not None and fresh:
-            cache.layers[i] = wanted(static=isinstance(cache, StaticCache), **mixer.cache_options)
-        elif recurrent != (wanted is not None) or (wanted is not None and type(layer) is not wanted):
+        name, static = type(mixer).__name__, isinstance(cache, StaticCache)
+        if wanted is not None and static and not wanted.is_compileable:
             raise ValueError(
-                f"past_key_values.layers[{i}] must fit {type(mixer).__name__}, got {type(layer).__name__}: "
+                f"past_key_values must be a DynamicCache for {name}, whose state grows, got {type(cache).__name__}: "
+                "pass DynamicCache(config=model.config), or none"
+            )
+        if wanted is not None and fresh:
+            cache.layers[i] = wanted(name, static=static, **mixer.cache_options)
+        elif recurrent != (wanted is not None) or (wanted is not None and getattr(layer, "mixer", None) != name):
+            raise ValueError(
+                f"past_key_values.layers[{i}] must fit {name}, got that of {getattr(layer, 'mixer', type(layer).__name__)}: "
                 "this is the cache of another model, pass DynamicCache(config=model.config) or one that this model returned"
             )
     return cache
+
+
+def check_keys(cache: Cache, layer_idx: int, k: Tensor) -> None:
+    """The keys that a layer of attention holds are of the batch, heads, width and dtype of its new ones, [B, H, T, D]."""
+    held = cache.layers[layer_idx].keys if layer_idx < len(cache.layers) else None
+    if held is None or held.dim() != 4:
+        return  # nothing yet
+    got, wanted = (([x.shape[i] for i in (0, 1, 3)], x.dtype) for x in (held, k))
+    if got != wanted:
+        raise ValueError(
+            f"past_key_values.layers[{layer_idx}] must hold keys of [B, H, D] = {wanted[0]} in {wanted[1]}, got {got[0]} in "
+            f"{got[1]}: this is the cache of another model or batch, pass DynamicCache(config=model.config)"
+        )

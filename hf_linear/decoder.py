@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
+from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_layers import (
@@ -31,6 +32,8 @@ from hf_linear.mixers import MIXERS
 from hf_linear.mixers.attention import Attention
 from hf_linear.mixers.hyena import HyenaFilter
 from hf_linear.modules.mlp import GatedMLP
+from hf_linear.modules.rotary import ROPE_TYPES
+from hf_linear.ops.dispatch import check_packed as check_boundaries
 
 
 class LinearConfig(PreTrainedConfig):
@@ -50,6 +53,8 @@ class LinearConfig(PreTrainedConfig):
     attribute_map: ClassVar = {"num_attention_heads": "num_heads", "num_key_value_heads": "num_kv_heads"}
     mixer: ClassVar[str]
     presets: ClassVar[dict[str, dict[str, Any]]] = {}
+    # Fields of flash-linear-attention that are none of ours, each with the one value that means what our models compute.
+    foreign: ClassVar[dict[str, Any]] = {"attn": None}
 
     vocab_size: int = 32000
     hidden_size: int = 2048
@@ -84,11 +89,20 @@ class LinearConfig(PreTrainedConfig):
             self.head_dim = self.hidden_size // self.num_heads
         if self.intermediate_size is None:
             self.intermediate_size = -(-int(self.hidden_size * self.hidden_ratio * 2 / 3) // 256) * 256
+        sizes = ("vocab_size", "hidden_size", "num_hidden_layers", "head_dim", "intermediate_size", "max_position_embeddings")
+        self.check_least(**dict.fromkeys(sizes, 1))
+        self.check_choice("hidden_act", ACT2FN)
         self.set_layers()
         no_positions = self.rope_parameters is None and "rope_theta" not in kwargs and "rope_scaling" not in kwargs
         super().__post_init__(**kwargs)
         if no_positions:  # the base class reads None as its default rotary positions
             self.rope_parameters = None
+        self.check_rope()
+
+    @classmethod
+    def known_mixers(cls) -> list[str]:
+        """What `mixers` may name: the family's own, and attention, whose fields every config has."""
+        return [cls.mixer, "attention", "sliding_attention"]
 
     @classmethod
     def from_preset(cls, name: str, **overrides: Any) -> LinearConfig:
@@ -108,10 +122,21 @@ class LinearConfig(PreTrainedConfig):
             close = difflib.get_close_matches(name, fields, n=1, cutoff=0.85)
             if close and name not in fields:
                 raise ValueError(f"{type(self).__name__} has no field {name!r}: did you mean {close[0]!r}?")
+        for name, only in self.foreign.items():
+            if extra.get(name, only) != only:
+                raise ValueError(
+                    f"{name} of {self.model_type} must be {only!r}, got {extra[name]!r}: this variant of "
+                    "flash-linear-attention is not here; attention layers are named in `mixers`"
+                )
 
     def check_divides(self, part_name: str, part: int, whole_name: str, whole: int) -> None:
-        if part < 1 or whole % part:
-            raise ValueError(f"{part_name} must divide {whole_name} = {whole}, got {part}")
+        if part < 1 or whole < 1 or whole % part:
+            raise ValueError(f"{part_name} must divide {whole_name} = {whole}, got {part}: change either")
+
+    def check_least(self, **bounds: int) -> None:
+        for name, bound in bounds.items():
+            if getattr(self, name) < bound:
+                raise ValueError(f"{name} of {self.model_type} must be {bound} or more, got {getattr(self, name)}")
 
     def check_choice(self, name: str, choices: Collection) -> None:
         value = getattr(self, name)
@@ -131,19 +156,41 @@ class LinearConfig(PreTrainedConfig):
             if unknown:
                 raise ValueError(f"layer_types must be of {sorted(names)}, got {unknown}")
             self.mixers = [names[kind] for kind in kinds]
-        unknown = sorted(set(self.mixers) - set(MIXERS))
+        unknown = sorted(set(self.mixers) - set(self.known_mixers()))
         if unknown:
-            raise ValueError(f"mixers must be of {sorted(MIXERS)}, got {unknown}")
+            raise ValueError(
+                f"mixers of {self.model_type} must be of {sorted(self.known_mixers())}, got {unknown}: "
+                f"a linear_hybrid takes any of {sorted(MIXERS)}"
+            )
         if len(self.mixers) != self.num_hidden_layers:
             raise ValueError(
-                f"mixers must name one for each of num_hidden_layers = {self.num_hidden_layers}, got {len(self.mixers)}"
+                f"mixers (or layer_types) must name one for each of num_hidden_layers = {self.num_hidden_layers}, "
+                f"got {len(self.mixers)}: add the missing, or change num_hidden_layers"
             )
         layer_types = [MIXERS[name].layer_type for name in self.mixers]
         if self.layer_types not in (None, layer_types):
             raise ValueError(f"layer_types must be those of mixers, {layer_types}, got {self.layer_types}: leave one out")
         self.layer_types = layer_types
-        if "sliding_attention" in self.mixers and not self.sliding_window:
-            raise ValueError("sliding_window must be a number of tokens for sliding_attention layers, got None")
+        if "sliding_attention" in self.mixers and (self.sliding_window or 0) < 1:
+            raise ValueError(
+                f"sliding_window must be 1 or more tokens for sliding_attention layers, got {self.sliding_window}: "
+                "set it, or take attention layers"
+            )
+
+    def check_rope(self) -> None:
+        rope = self.rope_parameters
+        if rope is None or set(self.layer_types or []) <= {"linear_attention"}:
+            return
+        if rope.get("rope_type") not in ROPE_TYPES:
+            raise ValueError(
+                f"rope_parameters must have a rope_type of {sorted(ROPE_TYPES)}, got {rope}: None is for no positions"
+            )
+        turned = int((self.head_dim or 0) * rope.get("partial_rotary_factor", 1.0))
+        if turned < 2 or turned % 2:
+            raise ValueError(
+                f"rope_parameters must turn an even number of channels, got {turned} of head_dim = {self.head_dim}: "
+                "change head_dim, or partial_rotary_factor"
+            )
 
 
 class DecoderLayer(GradientCheckpointingLayer):
@@ -231,22 +278,24 @@ class LinearModel(LinearPreTrainedModel):
             past_key_values: a cache of this model. A packed row has none.
         """
         if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give exactly one of input_ids and inputs_embeds")
+            got = "neither" if input_ids is None else "both"
+            raise ValueError(f"give exactly one of input_ids and inputs_embeds, got {got}")
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        given_cache = past_key_values is not None
-        cu_seqlens = kwargs.get("cu_seq_lens_q")
-        if cu_seqlens is None and position_ids is not None and attention_mask is None and not given_cache:
-            cu_seqlens = packed_boundaries(position_ids, x.shape[0])
-        if cu_seqlens is not None:
-            check_packed(x, attention_mask, given_cache)
-            use_cache = False
-        if use_cache and not given_cache:
-            past_key_values = DynamicCache(config=self.config)
+        check_inputs(x, self.config.hidden_size, position_ids)
+        mixers = [layer.mixer for layer in self.layers]
         if past_key_values is not None:
-            past_key_values = prepare_cache(past_key_values, [layer.mixer for layer in self.layers])
+            past_key_values = prepare_cache(past_key_values, mixers)
+        check_mask(x, attention_mask, past_key_values)
+        cu_seqlens = document_boundaries(x, attention_mask, position_ids, kwargs)
+        if cu_seqlens is not None:
+            check_packed(x, attention_mask, past_key_values, cu_seqlens)
+        elif use_cache and past_key_values is None:
+            past_key_values = prepare_cache(DynamicCache(config=self.config), mixers)
         if position_ids is None:
             position_ids = positions(x, attention_mask, cu_seqlens, past_key_values)
-        masks = self.make_masks(x, attention_mask, position_ids, past_key_values)
+        # Attention's mask tells documents apart by positions: by those of the boundaries, whatever the caller's are.
+        places = position_ids if cu_seqlens is None else positions(x, None, cu_seqlens, None)
+        masks = self.make_masks(x, attention_mask, places, past_key_values)
         for layer, kind in zip(self.layers, self.config.layer_types, strict=True):
             x = layer(
                 x,
@@ -292,8 +341,14 @@ def padding_mask(attention_mask: Tensor | None, T: int) -> Tensor | None:
             f"attention_mask must be [B, T] with 0 on padding, got {list(attention_mask.shape)}: "
             "a recurrent layer passes every token on to all later ones and can hide padding only"
         )
-    if not torch.compiler.is_compiling() and bool((attention_mask == 1).all()):
-        return None
+    if not torch.compiler.is_compiling():
+        if bool((attention_mask == 1).all()):
+            return None
+        if bool(((attention_mask != 0) & (attention_mask != 1)).any()):
+            raise ValueError(
+                f"attention_mask must be 1 on tokens and 0 on padding, got values from {attention_mask.min().item()} to "
+                f"{attention_mask.max().item()}: tell packed documents apart with cu_seq_lens_q"
+            )
     return attention_mask[:, -T:]
 
 
@@ -322,20 +377,66 @@ def positions(
     if cu_seqlens is not None:
         starts = cu_seqlens.long()
         return (steps - starts[torch.searchsorted(starts[1:], steps, right=True)])[None]
-    seen = 0 if past_key_values is None else past_key_values.get_seq_length()
     if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:
-        if not isinstance(seen, Tensor) and attention_mask.shape[1] != seen + T:
-            raise ValueError(
-                f"attention_mask must cover {seen} cached and {T} new tokens, [B, {seen + T}], got "
-                f"{list(attention_mask.shape)}: concatenate the mask of the earlier calls with that of this one"
-            )
         return (attention_mask.long().cumsum(1) - 1).clamp(min=0)[:, -T:]
-    return (steps + seen)[None]
+    return (steps + cached_tokens(past_key_values))[None]
 
 
-def packed_boundaries(position_ids: Tensor, B: int) -> Tensor | None:
-    """cu_seqlens of the documents in a row whose positions restart, None for one document a row."""
+def cached_tokens(past_key_values: Cache | None) -> int | Tensor:
+    return 0 if past_key_values is None else past_key_values.get_seq_length()
+
+
+def check_inputs(x: Tensor, hidden_size: int, position_ids: Tensor | None) -> None:
+    if x.dim() != 3 or x.shape[1] == 0 or x.shape[2] != hidden_size:
+        raise ValueError(
+            f"input_ids must be [B, T] or inputs_embeds [B, T, hidden_size = {hidden_size}] with T >= 1, "
+            f"got embeddings of shape {list(x.shape)}"
+        )
+    B, T = x.shape[:2]
+    if position_ids is not None and tuple(position_ids.shape) not in ((B, T), (1, T)):
+        raise ValueError(
+            f"position_ids must be [B or 1, T] = {[B, T]}, got {list(position_ids.shape)}: leave them out to have them counted"
+        )
+
+
+def check_mask(x: Tensor, attention_mask: Tensor | dict | None, past_key_values: Cache | None) -> None:
+    """A padding mask covers the tokens in the cache and the new ones; how many a static cache holds, the device knows."""
+    if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2:
+        return
+    (B, T), seen = x.shape[:2], cached_tokens(past_key_values)
+    fits = attention_mask.shape[1] >= T if isinstance(seen, Tensor) else attention_mask.shape[1] == seen + T
+    if attention_mask.shape[0] != B or not fits:
+        raise ValueError(
+            f"attention_mask must cover {seen} cached and {T} new tokens of every row, {[B, seen + T]}, got "
+            f"{list(attention_mask.shape)}: concatenate the mask of the earlier calls with that of this one"
+        )
+
+
+def document_boundaries(
+    x: Tensor, attention_mask: Tensor | dict | None, position_ids: Tensor | None, kwargs: dict
+) -> Tensor | None:
+    """cu_seqlens of a packed row, None for one document a row."""
+    if kwargs.get("cu_seq_lens_q") is not None:
+        return kwargs["cu_seq_lens_q"]
+    if position_ids is not None:
+        if attention_mask is None or (isinstance(attention_mask, Tensor) and attention_mask.dim() == 2):
+            return packed_boundaries(position_ids, attention_mask, x.shape[0])
+        return None  # a prepared mask says itself who sees whom
+    for name in ("cu_seq_lens_k", "seq_idx"):
+        if kwargs.get(name) is not None:
+            raise ValueError(f"packed documents need cu_seq_lens_q or position_ids that restart, got {name} alone: add one")
+    return None
+
+
+def packed_boundaries(position_ids: Tensor, attention_mask: Tensor | None, B: int) -> Tensor | None:
+    """cu_seqlens of the documents in a row whose positions restart between two tokens, None for one document a row."""
+    T = position_ids.shape[-1]
+    if T == 1:
+        return None
     restarts = position_ids.diff(dim=-1) != 1
+    if attention_mask is not None:
+        real = attention_mask[:, -T:] != 0
+        restarts = restarts & real[:, 1:] & real[:, :-1]
     if torch.compiler.is_compiling():
         # Boundaries would have a shape that depends on data, which a graph cannot hold.
         torch._assert_async(
@@ -351,18 +452,14 @@ def packed_boundaries(position_ids: Tensor, B: int) -> Tensor | None:
             "concatenate the rows along the tokens, or pass an attention_mask for a padded batch"
         )
     inner = restarts[0].nonzero().flatten() + 1
-    return torch.cat([inner.new_zeros(1), inner, inner.new_full((1,), position_ids.shape[-1])])
+    return torch.cat([inner.new_zeros(1), inner, inner.new_full((1,), T)])
 
 
-def check_packed(x: Tensor, attention_mask: Tensor | dict | None, given_cache: bool) -> None:
-    if x.shape[0] != 1:
-        raise ValueError(
-            f"packed documents (cu_seq_lens_q) need a batch of one row, got B = {x.shape[0]}: "
-            "concatenate the rows along the tokens"
-        )
+def check_packed(x: Tensor, attention_mask: Tensor | dict | None, past_key_values: Cache | None, cu_seqlens: Tensor) -> None:
+    check_boundaries(cu_seqlens, x, x.shape[1])
     if attention_mask is not None:
         raise ValueError("attention_mask must be None for packed documents, got a mask: leave their padding out instead")
-    if given_cache:
+    if past_key_values is not None:
         raise ValueError("past_key_values must be None for packed documents, got a cache: continue one document at a time")
 
 

@@ -32,7 +32,7 @@ from hf_linear.mixers.hyena import HyenaFilter
 ROUNDING = 1e-10
 
 every_config = pytest.mark.parametrize("name", CONFIGS)
-# The state of a Hyena layer grows, so a static cache cannot hold it: generate says so, see test_generation.
+# The state of a Hyena layer grows, so a static cache cannot hold it: generate says so, see test_errors.
 STATIC = [(name, "static") for name in WITHOUT_HYENA]
 one_of_each = pytest.mark.parametrize("name", ONE_OF_EACH)
 

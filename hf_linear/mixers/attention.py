@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import Cache, PreTrainedConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from hf_linear.cache import check_keys
 from hf_linear.modules.rotary import AttentionRotary
 
 
@@ -48,6 +49,7 @@ class Attention(nn.Module):
         q, k = self.rotary(q, k, position_ids)
         q, k, v = (y.transpose(1, 2) for y in (q, k, v))
         if past_key_values is not None:
+            check_keys(past_key_values, self.layer_idx, k)
             k, v = past_key_values.update(k, v, self.layer_idx)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
         o, weights = attend(

@@ -38,6 +38,7 @@ class GLAConfig(LinearConfig):
         "340M": {"hidden_size": 1024, "num_hidden_layers": 24, "num_heads": 4},
         "1.3B": {"hidden_size": 2048, "num_hidden_layers": 24, "num_heads": 4},
     }
+    foreign: ClassVar = {**LinearConfig.foreign, "use_gk": True, "use_gv": False}
 
     expand_k: float | int = 0.5
     expand_v: float | int = 1.0
@@ -52,9 +53,16 @@ class GLAConfig(LinearConfig):
 
     def __post_init__(self, **kwargs) -> None:
         super().__post_init__(**kwargs)
+        if self.feature_map is None:  # flash-linear-attention's word for it
+            self.feature_map = "identity"
         self.check_choice("feature_map", FEATURE_MAPS)
-        self.check_divides("num_heads", self.num_heads, "key_dim", self.key_dim)
-        self.check_divides("num_heads", self.num_heads, "value_dim", self.value_dim)
+        self.check_divides("num_heads", self.num_heads, "hidden_size * expand_k", self.key_dim)
+        self.check_divides("num_heads", self.num_heads, "hidden_size * expand_v", self.value_dim)
+        self.check_least(conv_size=1, gate_low_rank_dim=1)
+        if self.gate_logit_normalizer <= 0:
+            raise ValueError(f"gate_logit_normalizer must be above 0, got {self.gate_logit_normalizer}: a decay is at most 1")
+        if self.clamp_min is not None and self.clamp_min > 0:
+            raise ValueError(f"clamp_min must be a log-decay <= 0 or None, got {self.clamp_min}: a decay is at most 1")
 
     @property
     def key_dim(self) -> int:

@@ -60,6 +60,7 @@ class HyenaConfig(LinearConfig):
 
     def __post_init__(self, **kwargs) -> None:
         super().__post_init__(**kwargs)
+        self.check_least(short_filter_order=1, filter_order=1, num_inner_mlps=0)
         if self.hyena_order < 2:
             raise ValueError(f"hyena_order must be 2 or more, got {self.hyena_order}: order 2 has one long convolution")
         if self.filter_emb_dim < 3 or self.filter_emb_dim % 2 == 0:

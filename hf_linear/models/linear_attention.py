@@ -35,8 +35,8 @@ class LinearAttentionConfig(LinearConfig):
     def __post_init__(self, **kwargs) -> None:
         super().__post_init__(**kwargs)
         self.check_choice("feature_map", FEATURE_MAPS)
-        self.check_divides("num_heads", self.num_heads, "key_dim", self.key_dim)
-        self.check_divides("num_heads", self.num_heads, "value_dim", self.value_dim)
+        self.check_divides("num_heads", self.num_heads, "hidden_size * expand_k", self.key_dim)
+        self.check_divides("num_heads", self.num_heads, "hidden_size * expand_v", self.value_dim)
 
     @property
     def key_dim(self) -> int:

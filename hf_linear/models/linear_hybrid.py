@@ -41,6 +41,8 @@ SHARED = (
     "norm_eps",
     "initializer_range",
 )
+# What a mixer may have its own value of, besides the fields that only its config has.
+OWN = {"num_heads", "num_kv_heads", "max_position_embeddings", "norm_eps"}
 
 
 class LinearHybridConfig(LinearConfig):
@@ -71,9 +73,26 @@ class LinearHybridConfig(LinearConfig):
         self.mixer_options = self.mixer_options or {}
         super().__post_init__(**kwargs)
         for name, options in self.mixer_options.items():
-            check_options(name, options)
+            self.check_options(name, options)
         for name in set(self.mixers):
             self.for_mixer(name)  # its own checks, now rather than when the model is built
+
+    @classmethod
+    def known_mixers(cls) -> list[str]:
+        return list(LETTERS.values())
+
+    def check_options(self, name: str, options: dict) -> None:
+        configurable = sorted(set(self.mixers or []) & set(MIXER_CONFIGS))
+        if name not in configurable:
+            raise ValueError(f"mixer_options must be for the mixers of this model, {configurable}, got {name!r}: leave it out")
+        of_mixer, of_all = ({field.name for field in dataclasses.fields(c)} for c in (MIXER_CONFIGS[name], LinearConfig))
+        fields = sorted(of_mixer - of_all | OWN)
+        unknown = sorted(set(options) - set(fields)) if isinstance(options, dict) else options
+        if unknown or not isinstance(options, dict):
+            raise ValueError(
+                f"mixer_options[{name!r}] must be a dict of {fields}, got {unknown}: "
+                "what all layers share is a field of the hybrid"
+            )
 
     def for_mixer(self, name: str) -> LinearConfig:
         """The mixer's own config: this one's shape with the mixer's options. Attention reads this config itself."""
@@ -110,19 +129,10 @@ def spell_out(pattern: str, depth: int) -> list[str]:
     """The mixers of `depth` layers from a pattern of letters."""
     unknown = sorted(set(pattern) - set(LETTERS))
     if unknown or not pattern:
-        raise ValueError(f"pattern must be made of {LETTERS}, got {pattern!r}")
+        raise ValueError(f"pattern must be made of the letters {LETTERS}, got {pattern!r}")
     if depth % len(pattern):
         raise ValueError(
             f"pattern must fit num_hidden_layers = {depth} a whole number of times, got {pattern!r} of {len(pattern)} layers: "
             "write out a letter for every layer, or change the depth"
         )
     return [LETTERS[letter] for letter in pattern * (depth // len(pattern))]
-
-
-def check_options(name: str, options: dict) -> None:
-    if name not in MIXER_CONFIGS:
-        raise ValueError(f"mixer_options must be for one of {sorted(MIXER_CONFIGS)}, got {name!r}")
-    fields = {field.name for field in dataclasses.fields(MIXER_CONFIGS[name])}
-    unknown = sorted(set(options) - fields)
-    if unknown:
-        raise ValueError(f"mixer_options[{name!r}] must be fields of {MIXER_CONFIGS[name].__name__}, got {unknown}")

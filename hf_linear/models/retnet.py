@@ -39,6 +39,7 @@ class RetNetConfig(LinearConfig):
         "340M": {"hidden_size": 1024, "num_hidden_layers": 24, "num_heads": 4},
         "1.3B": {"hidden_size": 2048, "num_hidden_layers": 24, "num_heads": 8},
     }
+    foreign: ClassVar = {**LinearConfig.foreign, "feature_map": None, "use_short_conv": False}
 
     num_heads: int = 8
     hidden_ratio: float | int = 2
@@ -55,8 +56,8 @@ class RetNetConfig(LinearConfig):
         self.check_choice("retention_norm", ("none", "decay"))
         self.check_choice("rope_style", STYLES)
         self.check_choice("rope_frequencies", FREQUENCIES)
-        self.check_divides("2 * num_heads", 2 * self.num_heads, "key_dim", self.key_dim)
-        self.check_divides("num_heads", self.num_heads, "value_dim", self.value_dim)
+        self.check_divides("2 * num_heads", 2 * self.num_heads, "hidden_size * expand_k", self.key_dim)
+        self.check_divides("num_heads", self.num_heads, "hidden_size * expand_v", self.value_dim)
 
     @property
     def key_dim(self) -> int:

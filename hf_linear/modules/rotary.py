@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 STYLES = ("half", "interleaved")
+ROPE_TYPES = ("default", *ROPE_INIT_FUNCTIONS)
 
 
 def standard_frequencies(dim: int, theta: float, device: torch.device, dtype: torch.dtype) -> Tensor:

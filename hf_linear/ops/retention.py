@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hf_linear.ops.dispatch import check_shape
+from hf_linear.ops.dispatch import check_sequence, check_shape
 from hf_linear.ops.linear_attention import linear_attention, prepare
 
 
@@ -19,13 +19,20 @@ def retention_decay(num_heads: int, device: torch.device | None = None, dtype: t
     return torch.log1p(-torch.exp2(-5 - heads))
 
 
+def check_decay(q: Tensor, g: Tensor) -> None:
+    check_sequence("q", q, "[B, T, H, K]", dim=1)
+    if g is None:
+        raise ValueError("g must be [H], got None: take retention_decay(H), or linear_attention for none")
+    check_shape("g", g, "[H]", (q.shape[2],))
+
+
 def retention_parallel(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, *, scale: float | None = None, initial_state: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """o = (scale * q k^T * D) v with D_ij = exp(g (i - j)) for i >= j: quadratic in T, as attention is."""
+    check_decay(q, g)
     state, scale, dtype = prepare(q, k, v, g, scale, initial_state, None)
-    T, H = q.shape[1:3]
-    check_shape("g", g, "[H]", (H,))
+    T = q.shape[1]
     qh, kh, vh = (x.to(dtype).transpose(1, 2) for x in (q, k, v))  # [B, H, T, D]
     g = g.to(dtype)[:, None]
     steps = torch.arange(T, device=q.device, dtype=dtype)
@@ -41,7 +48,7 @@ def retention_recurrent(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, *, scale: float | None = None, initial_state: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Token by token: O(1) state, what decoding does."""
-    check_shape("g", g, "[H]", (q.shape[2],))
+    check_decay(q, g)
     return linear_attention(q, k, v, g, scale=scale, initial_state=initial_state, backend="reference")
 
 
@@ -49,5 +56,5 @@ def retention_chunkwise(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, *, scale: float | None = None, initial_state: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Parallel within chunks, recurrent between them: linear in T, what training and prefill do."""
-    check_shape("g", g, "[H]", (q.shape[2],))
+    check_decay(q, g)
     return linear_attention(q, k, v, g, scale=scale, initial_state=initial_state, backend="chunked")

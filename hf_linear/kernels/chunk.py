@@ -1,0 +1,199 @@
+"""Linear attention with a decay a head or a decay a key channel, in chunks: the launches, forward and backward.
+
+Forward: scores within chunks (`scores`), then one walk of the state over them (`walk`). Backward: the scores again, a walk
+forward that keeps a state a pair of chunks, a walk backward that writes dv and keeps the state's gradient a pair, and then
+all chunks in parallel (`gradients`). Nothing but the inputs is kept for the backward pass.
+
+Where rows, heads and tiles of V are too few to fill the GPU, rows are cut into segments: each adds up what it contributes to
+the state, a scan over the segments gives the state that enters each, and the walks start from there.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import triton
+from torch import Tensor
+
+from hf_linear.kernels.gradients import gradient_kernel
+from hf_linear.kernels.layout import CHUNK, Layout, make_layout
+from hf_linear.kernels.scores import MILD, scalar_kernel, vector_kernel
+from hf_linear.kernels.walk import scan_kernel, walk_kernel
+
+MAX_K = 256  # two tiles of 128 channels of the state fit in registers
+PAIRS_A_SEGMENT = 4  # at least: shorter ones spend more on their states than they gain
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, scale: float, initial_state: Tensor | None, cu_seqlens: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """o and the final state [N, H, K, V]. q, k [B, T, H, K], v [B, T, H, V], g [B, T, H, K] or [B, T, H]."""
+    run = Chunks(q, k, v, g, scale, cu_seqlens)
+    out = torch.empty_like(v)
+    final = run.new_state(initial_state)
+    run.walk(v, out=out, initial=initial_state, final=final)
+    return out, final
+
+
+def backward(
+    do: Tensor,
+    d_final: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    scale: float,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    needs_dg: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]:
+    """The gradients of q, k, v, g (None unless needed) and the initial state."""
+    run = Chunks(q, k, v, g, scale, cu_seqlens)
+    states, d_states = run.new_pair_states(), run.new_pair_states()
+    dv, d_initial = torch.empty_like(v), run.new_state(d_final)
+    run.walk(v, states=states, initial=initial_state)
+    run.walk(do, reverse=True, out=dv, states=d_states, initial=d_final, final=d_initial)
+    return *run.gradients(do, states, d_states, needs_dg), dv, d_initial
+
+
+class Chunks:
+    """One call's tensors and launches."""
+
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor, g: Tensor, scale: float, cu_seqlens: Tensor | None):
+        B, T, self.H, self.K = q.shape
+        self.V, self.tokens, self.scale = v.shape[-1], B * T, scale
+        self.q, self.k, self.v, self.g = q, k, v, g
+        self.vector, self.mild = g.dim() == 4, MILD[v.dtype]
+        self.layout: Layout = make_layout(B, T, cu_seqlens)
+        self.KP = fit(self.K, 128) if self.K <= 128 else 256
+        self.VP = triton.cdiv(self.V, 128) * 128 if self.V > 128 else fit(self.V, 128)
+        self.common = {
+            "K": self.K, "KP": self.KP, "PACKED": self.layout.packed,
+            "PRECISION": "ieee" if v.dtype == torch.float32 else "tf32",  # the latter concerns no other dtype
+        }  # fmt: skip
+        chunks, H = self.layout.chunks, self.H
+        self.x, self.z = v.new_empty(2, chunks, H, CHUNK.value, self.KP)
+        self.scores = v.new_empty(chunks, H, CHUNK.value, CHUNK.value)
+        self.total = v.new_empty(chunks, H, self.KP, dtype=torch.float32)
+        tensors = (q, k, g, self.x, self.z, self.scores, self.total)
+        sizes = (T, self.layout.row_pairs, H)
+        if self.vector:
+            # Without a mild form all chunks are exact.
+            strong = torch.full((chunks, H), 1, dtype=torch.int8, device=v.device)
+            for exact in self.forms():
+                vector_kernel[(chunks, H)](
+                    *tensors, strong, self.layout.table, scale, self.mild, *sizes,
+                    EXACT=exact, **self.common, **score_tile(self.KP, exact),
+                )  # fmt: skip
+        else:
+            scalar_kernel[(chunks, H)](
+                *tensors, self.layout.table, scale, *sizes, g.stride(1), g.stride(2),
+                **self.common, **score_tile(self.KP, False),
+            )  # fmt: skip
+
+    def forms(self) -> tuple[bool, ...]:
+        """The values of EXACT to launch."""
+        return (False, True) if self.mild else (True,)
+
+    def new_state(self, like: Tensor | None) -> Tensor:
+        """A state to write; that of a document without tokens stays what it was."""
+        shape = (self.layout.documents, self.H, self.K, self.V)
+        if not self.layout.packed:
+            return self.v.new_empty(shape, dtype=torch.float32)
+        return self.v.new_zeros(shape, dtype=torch.float32) if like is None else like.clone()
+
+    def new_pair_states(self) -> Tensor:
+        return self.v.new_empty(self.layout.rows * self.layout.row_pairs, self.H, self.VP, self.KP)
+
+    def walk(
+        self,
+        y: Tensor,
+        reverse: bool = False,
+        out: Tensor | None = None,
+        states: Tensor | None = None,
+        initial: Tensor | None = None,
+        final: Tensor | None = None,
+    ) -> None:
+        """Walk all rows in one direction, through segments where there are few of them."""
+        layout, H, KP, VP = self.layout, self.H, self.KP, self.VP
+        segments, pairs = self.segments(layout.rows * H * (VP // walk_tile(KP, VP, out is not None)["BV"]))
+        x, z = (self.z, self.x) if reverse else (self.x, self.z)
+        sizes = {**self.common, "V": self.V, "VP": VP}
+
+        def launch(**kwargs) -> None:
+            given = dict.fromkeys(("out", "states", "entering", "leaving", "leaving_total", "initial", "final")) | kwargs
+            has = {name.upper(): tensor is not None for name, tensor in given.items() if name not in ("out", "leaving_total")}
+            tile = walk_tile(KP, VP, given["out"] is not None)
+            tiles = VP // tile["BV"] * (KP // (tile["BK"] * tile["BLOCKS"]))
+            walk_kernel[(tiles, layout.rows * segments, H)](
+                x, z, y, self.scores, self.total, *given.values(), layout.table,
+                layout.T, layout.row_pairs, pairs, segments, H,
+                REVERSE=reverse, OUTPUT=given["out"] is not None, **has, **sizes, **tile,
+            )  # fmt: skip
+
+        if segments == 1 and not layout.packed:
+            launch(out=out, states=states, initial=initial, final=final)
+            return
+        entering = y.new_empty(layout.rows * segments, H, VP, KP, dtype=torch.float32)
+        passed = y.new_empty(layout.rows * segments, H, KP, dtype=torch.float32)
+        launch(leaving=entering, leaving_total=passed, initial=initial if layout.packed else None)
+        across = {"initial": None, "final": None} if layout.packed else {"initial": initial, "final": final}
+        block = {"BK": min(KP, 64), "BV": min(VP, 32)}
+        scan_kernel[(VP // block["BV"], KP // block["BK"], layout.rows * H)](
+            entering, passed, *across.values(), segments, H, REVERSE=reverse,
+            INITIAL=across["initial"] is not None, FINAL=across["final"] is not None,
+            K=self.K, KP=KP, V=self.V, VP=VP, **block,
+        )  # fmt: skip
+        within = {"initial": initial, "final": final} if layout.packed else {}
+        launch(out=out, states=states, entering=entering, **within)
+
+    def segments(self, programs: int) -> tuple[int, int]:
+        """How many segments a row is cut into, and the pairs of chunks in each: enough for two programs a multiprocessor."""
+        most = max(self.layout.row_pairs // PAIRS_A_SEGMENT, 1)
+        count = min(triton.cdiv(2 * multiprocessors(self.v.device), programs), most)
+        pairs = triton.cdiv(self.layout.row_pairs, count)
+        return triton.cdiv(self.layout.row_pairs, pairs), pairs
+
+    def gradients(self, do: Tensor, states: Tensor, d_states: Tensor, needs_dg: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+        layout, H, g = self.layout, self.H, self.g
+        dq, dk, dg = torch.empty_like(self.q), torch.empty_like(self.k), None
+        tile = gradient_tile(self.KP, self.VP, False)
+        if needs_dg:
+            dg = torch.empty_like(g) if self.vector else g.new_empty(self.KP // tile["BK"], *g.shape, dtype=torch.float32)
+        strides = (0, 0) if self.vector else (g.stride(1), g.stride(2))
+        for exact in self.forms() if self.vector else (False,):
+            tile = gradient_tile(self.KP, self.VP, exact)
+            gradient_kernel[(self.KP // tile["BK"], layout.rows * layout.row_pairs, H)](
+                self.q, self.k, self.v, do, g, self.total, states, d_states, dq, dk, dg, layout.table,
+                self.scale, self.mild, layout.T, layout.row_pairs, H, self.tokens, *strides,
+                V=self.V, VP=self.VP, VECTOR=self.vector, EXACT=exact, DG=needs_dg, **self.common, **tile,
+            )  # fmt: skip
+        if dg is not None and not self.vector:
+            dg = dg.sum(0).to(g.dtype)
+        return dq, dk, dg
+
+
+def fit(size: int, most: int) -> int:
+    """The width of a tile that covers `size` as far as `most`; matrix products take 16 at least."""
+    return min(triton.next_power_of_2(max(size, 16)), most)
+
+
+def score_tile(KP: int, exact: bool) -> dict[str, int]:
+    return {"BK": min(KP, 32 if exact else 64), "num_warps": 4}
+
+
+def walk_tile(KP: int, VP: int, output: bool) -> dict[str, int]:
+    BK = min(KP, 128)
+    if not output:
+        return {"BK": BK, "BLOCKS": 1, "BV": min(VP, 32), "num_warps": 4, "num_stages": 3}
+    return {"BK": BK, "BLOCKS": KP // BK, "BV": min(VP, 64), "num_warps": 4, "num_stages": 2}
+
+
+def gradient_tile(KP: int, VP: int, exact: bool) -> dict[str, int]:
+    return {"BK": min(KP, 64), "BV": min(VP, 64), "num_warps": 8}
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8

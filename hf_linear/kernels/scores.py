@@ -1,0 +1,147 @@
+"""What tokens of a chunk are to each other: decayed scores, and decays to the chunk's two ends.
+
+A decay a key channel needs exp(sum of g_c over (j, i]) for every pair of tokens and channel. Two forms:
+
+mild:   while no channel decays by more than exp(-MILD) over the chunk, k_j exp(-G_j) cannot overflow, and one product of
+        q_i exp(G_i) with it gives all pairs.
+exact:  by halving. The second half of a block of 2m tokens reaches the first through the boundary between them: decay the
+        query back to it and the key forward to it, and multiply; m = 1, 2, 4, ... covers every pair of tokens once. Each
+        exponent is a sum of log-decays over the tokens in between, never a difference of running sums, and so <= 0.
+
+Both kernels are launched; a chunk's flag says which of them has work to do. One flag a chunk and head, set by the mild one.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from hf_linear.kernels.layout import CHUNK, locate
+
+# exp(MILD) is far from the largest number of the dtype, and 1 / exp(MILD) far from the smallest. In float32 a difference of
+# running sums would be the largest error there is: always exact.
+MILD = {torch.bfloat16: 60.0, torch.float16: 8.0, torch.float32: 0.0}
+
+
+@triton.jit
+def across(q, k, to_start, to_end, level: tl.constexpr, dtype: tl.constexpr):
+    """Queries of second halves and keys of first halves of blocks of 2m rows, m = 2^level, decayed to their boundaries."""
+    second = (tl.arange(0, to_start.shape[0])[:, None] >> level) % 2 == 1
+    decay = tl.exp(tl.where(second, to_start, to_end))
+    later = tl.where(second, q * decay, 0.0).to(dtype)
+    earlier = tl.where(second, 0.0, k * decay).to(dtype)
+    return second, decay, later, earlier
+
+
+@triton.jit
+def widen(to_start, to_end, second, level: tl.constexpr):
+    """From blocks of m rows, m = 2^level, to blocks of 2m: sums of g from the block's start through a row, and from behind it
+    to the end.
+
+    The two add up to the block's total, which the partner half needs. It is handed over as the sum of both halves' bits less
+    one's own: integers wrap around, so that nothing is rounded.
+    """
+    C: tl.constexpr = to_start.shape[0]
+    D: tl.constexpr = to_start.shape[1]
+    m: tl.constexpr = 1 << level
+    total = (to_start + to_end).to(tl.int32, bitcast=True)
+    halves = tl.reshape(total, (C // (2 * m), 2, m, D))
+    partner = tl.reshape(tl.sum(halves, 1, keep_dims=True) - halves, (C, D)).to(tl.float32, bitcast=True)
+    return to_start + tl.where(second, partner, 0.0), to_end + tl.where(second, 0.0, partner)
+
+
+@triton.jit(do_not_specialize=["T", "row_pairs", "H"])
+def vector_kernel(
+    q, k, g, x, z, scores, total, strong, table, scale, mild, T, row_pairs, H,
+    K: tl.constexpr, KP: tl.constexpr, BK: tl.constexpr, EXACT: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """scores_ij = scale sum_c q_ic k_jc exp(sum of g_c over (j, i]); x, z: q decayed from the start, k to the end.
+
+    x, z, scores and total lie chunk by chunk, padded to whole chunks and KP channels, so that the walk needs no masks.
+    """
+    chunk, h = tl.program_id(0), tl.program_id(1)
+    at_chunk = (chunk * H + h).to(tl.int64)
+    if EXACT:
+        if tl.load(strong + at_chunk) == 0:
+            return
+    start, length = locate(chunk, T, row_pairs, table, PACKED, 2)
+    i = tl.arange(0, CHUNK)
+    row, col = i[:, None], i[None, :]
+    dtype = scores.dtype.element_ty
+    acc = tl.zeros((CHUNK, CHUNK), tl.float32)
+    strongest = 0.0
+    for c0 in range(0, KP, BK):
+        c = c0 + tl.arange(0, BK)
+        inside = (row < length) & (c < K)[None, :]
+        at = (start * H + h) * K + row * (H * K) + c[None, :]
+        q_ = tl.load(q + at, inside, 0.0)
+        k_ = tl.load(k + at, inside, 0.0)
+        g_ = tl.load(g + at, inside, 0.0).to(tl.float32)
+        if EXACT:
+            to_start, to_end = g_, tl.zeros_like(g_)
+            acc += tl.where(row == col, tl.dot(q_.to(dtype), tl.trans(k_.to(dtype)), input_precision=PRECISION), 0.0)
+            for level in tl.static_range(6):
+                second, _, later, earlier = across(q_, k_, to_start, to_end, level, dtype)
+                block = tl.dot(later, tl.trans(earlier), input_precision=PRECISION)
+                acc += tl.where(row >> (level + 1) == col >> (level + 1), block, 0.0)
+                to_start, to_end = widen(to_start, to_end, second, level)
+            whole = tl.sum(tl.where(row == 0, to_start + to_end, 0.0), 0)
+            x_ = q_ * tl.exp(to_start)
+            z_ = k_ * tl.exp(to_end)
+        else:
+            to_start = tl.cumsum(g_, 0)
+            whole = tl.sum(g_, 0)
+            strongest = tl.minimum(strongest, tl.min(whole, 0))
+            x_ = q_ * tl.exp(to_start)
+            undecayed = (k_ * tl.exp(-to_start)).to(dtype)
+            acc = tl.dot(x_.to(dtype), tl.trans(undecayed), acc, input_precision=PRECISION)
+            z_ = k_ * tl.exp(whole[None, :] - to_start)
+        to = (at_chunk * CHUNK + row) * KP + c[None, :]
+        tl.store(x + to, (x_ * scale).to(dtype))
+        tl.store(z + to, z_.to(dtype))
+        tl.store(total + at_chunk * KP + c, whole)
+    acc = tl.where(row >= col, acc, 0.0) * scale
+    tl.store(scores + (at_chunk * CHUNK + row) * CHUNK + col, acc.to(dtype))
+    if not EXACT:
+        tl.store(strong + at_chunk, (strongest < -mild).to(tl.int8))
+
+
+@triton.jit
+def scalar_decays(g, start, length, h, token_stride, head_stride, C: tl.constexpr):
+    """exp(sum of g over (j, i]), [C, C] (1 above the diagonal), and the sums through i, behind i, and over the chunk."""
+    i = tl.arange(0, C)
+    at = g + h * head_stride + (start + i) * token_stride
+    own = tl.load(at, i < length, 0.0).to(tl.float32)
+    following = tl.load(at + token_stride, i + 1 < length, 0.0).to(tl.float32)
+    between = tl.cumsum(tl.where(i[:, None] > i[None, :], own[:, None], 0.0), 0)
+    return tl.exp(between), tl.cumsum(own, 0), tl.cumsum(following, 0, reverse=True), tl.sum(own, 0)
+
+
+@triton.jit(do_not_specialize=["T", "row_pairs", "H", "token_stride", "head_stride"])
+def scalar_kernel(
+    q, k, g, x, z, scores, total, table, scale, T, row_pairs, H, token_stride, head_stride,
+    K: tl.constexpr, KP: tl.constexpr, BK: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The same for one decay a head: scores_ij = scale q_i . k_j exp(sum of g over (j, i])."""
+    chunk, h = tl.program_id(0), tl.program_id(1)
+    at_chunk = (chunk * H + h).to(tl.int64)
+    start, length = locate(chunk, T, row_pairs, table, PACKED, 2)
+    i = tl.arange(0, CHUNK)
+    row, col = i[:, None], i[None, :]
+    dtype = scores.dtype.element_ty
+    between, to_start, to_end, whole = scalar_decays(g, start, length, h, token_stride, head_stride, CHUNK)
+    acc = tl.zeros((CHUNK, CHUNK), tl.float32)
+    for c0 in range(0, KP, BK):
+        c = c0 + tl.arange(0, BK)
+        inside = (row < length) & (c < K)[None, :]
+        at = (start * H + h) * K + row * (H * K) + c[None, :]
+        q_ = tl.load(q + at, inside, 0.0)
+        k_ = tl.load(k + at, inside, 0.0)
+        acc = tl.dot(q_.to(dtype), tl.trans(k_.to(dtype)), acc, input_precision=PRECISION)
+        to = (at_chunk * CHUNK + row) * KP + c[None, :]
+        tl.store(x + to, (q_ * (tl.exp(to_start) * scale)[:, None]).to(dtype))
+        tl.store(z + to, (k_ * tl.exp(to_end)[:, None]).to(dtype))
+        tl.store(total + at_chunk * KP + c, whole + tl.zeros((BK,), tl.float32))
+    acc = tl.where(row >= col, acc * between, 0.0) * scale
+    tl.store(scores + (at_chunk * CHUNK + row) * CHUNK + col, acc.to(dtype))

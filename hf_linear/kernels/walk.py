@@ -1,0 +1,167 @@
+"""The state walks over the chunks, held transposed in registers, and writes outputs as it goes.
+
+Forward in time, with A the scores of the chunk, x and z the decayed queries and keys:
+
+    o = x S + A y,        S <- exp(total) S + z^T y,        y = v
+
+Backward in time the same walk with x and z exchanged, A transposed and y = do gives dv and the gradient of the state. S^T is
+the left operand of x S, so its copy in the tensor cores' dtype never leaves the registers.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from hf_linear.kernels.layout import CHUNK, FIELDS, locate
+
+
+@triton.jit
+def load_state(base, v_, c, K: tl.constexpr, V: tl.constexpr):
+    """S^T [BV, BK] from a state [K, V] as users hold it."""
+    return tl.load(base + v_[:, None] + c[None, :] * V, (v_ < V)[:, None] & (c < K)[None, :], 0.0)
+
+
+@triton.jit
+def store_state(base, state, v_, c, K: tl.constexpr, V: tl.constexpr):
+    tl.store(base + v_[:, None] + c[None, :] * V, state, (v_ < V)[:, None] & (c < K)[None, :])
+
+
+@triton.jit(do_not_specialize=["T", "row_pairs", "segment_pairs", "segments", "H"])
+def walk_kernel(
+    x, z, y, scores, total, out, states, entering, leaving, leaving_total, initial, final, table,
+    T, row_pairs, segment_pairs, segments, H,
+    K: tl.constexpr, KP: tl.constexpr, V: tl.constexpr, VP: tl.constexpr,
+    BK: tl.constexpr, BLOCKS: tl.constexpr, BV: tl.constexpr,
+    PACKED: tl.constexpr, REVERSE: tl.constexpr, OUTPUT: tl.constexpr, STATES: tl.constexpr, ENTERING: tl.constexpr,
+    LEAVING: tl.constexpr, INITIAL: tl.constexpr, FINAL: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One program: a tile of the state, a segment of a row's chunks, a head.
+
+    Outputs sum over all of K, so there the tile's one or two blocks of BK channels cover it. States that are ours alone are
+    [VP, KP], padded.
+    """
+    segment, h = tl.program_id(1), tl.program_id(2)
+    row = segment // segments
+    from_pair = (segment % segments) * segment_pairs
+    to_pair = tl.minimum(from_pair + segment_pairs, row_pairs)
+    v_tiles: tl.constexpr = VP // BV
+    v_tile, k_tile = tl.program_id(0) % v_tiles, tl.program_id(0) // v_tiles
+    v_ = v_tile * BV + tl.arange(0, BV)
+    c0 = k_tile * (BK * BLOCKS) + tl.arange(0, BK)
+    c1 = BK + c0
+    own0, own1 = v_[:, None] * KP + c0[None, :], v_[:, None] * KP + c1[None, :]
+    i = tl.arange(0, CHUNK)
+    dtype = scores.dtype.element_ty
+
+    s0 = tl.zeros((BV, BK), tl.float32)
+    s1 = tl.zeros((BV, BK), tl.float32)
+    at_segment = (segment * H + h).to(tl.int64) * (KP * VP)
+    if ENTERING:
+        s0 = tl.load(entering + at_segment + own0)
+        if BLOCKS == 2:
+            s1 = tl.load(entering + at_segment + own1)
+    elif INITIAL and not PACKED:
+        at_row = initial + (row * H + h).to(tl.int64) * (K * V)
+        s0 = load_state(at_row, v_, c0, K, V)
+        if BLOCKS == 2:
+            s1 = load_state(at_row, v_, c1, K, V)
+    passed0 = tl.zeros((BK,), tl.float32)
+    passed1 = tl.zeros((BK,), tl.float32)
+
+    for step in range(0, 2 * (to_pair - from_pair)):
+        if REVERSE:
+            chunk = 2 * (row * row_pairs + to_pair) - 1 - step
+        else:
+            chunk = 2 * (row * row_pairs + from_pair) + step
+        at_chunk = (chunk * H + h).to(tl.int64)
+        start, length = locate(chunk, T, row_pairs, table, PACKED, 2)
+        if PACKED:
+            document = tl.load(table + (chunk // 2) * FIELDS + 2)
+            place = tl.load(table + (chunk // 2) * FIELDS + 3)
+            at_document = (document * H + h).to(tl.int64) * (K * V)
+            begins = (chunk % 2 == 1) & (place >= 2) if REVERSE else (chunk % 2 == 0) & (place % 2 == 1)
+            if begins:
+                passed0 = tl.full((BK,), float("-inf"), tl.float32)
+                passed1 = passed0
+                if INITIAL:
+                    s0 = load_state(initial + at_document, v_, c0, K, V)
+                    if BLOCKS == 2:
+                        s1 = load_state(initial + at_document, v_, c1, K, V)
+                else:
+                    s0 = tl.zeros((BV, BK), tl.float32)
+                    s1 = tl.zeros((BV, BK), tl.float32)
+        if STATES:
+            if (chunk % 2 == 1) == REVERSE:
+                to = states + (chunk // 2 * H + h).to(tl.int64) * (KP * VP)
+                tl.store(to + own0, s0.to(dtype))
+                if BLOCKS == 2:
+                    tl.store(to + own1, s1.to(dtype))
+
+        total0 = tl.load(total + at_chunk * KP + c0)
+        token_v = (start * H + h) * V + i[None, :] * (H * V) + v_[:, None]
+        y_t = tl.load(y + token_v, (i < length)[None, :] & (v_ < V)[:, None], 0.0).to(dtype)
+        if OUTPUT:
+            x_at = x + at_chunk * (CHUNK * KP) + i[None, :] * KP
+            o_t = tl.dot(s0.to(dtype), tl.load(x_at + c0[:, None]), input_precision=PRECISION)
+            if BLOCKS == 2:
+                o_t = tl.dot(s1.to(dtype), tl.load(x_at + c1[:, None]), o_t, input_precision=PRECISION)
+            a_at = scores + at_chunk * (CHUNK * CHUNK)
+            if REVERSE:
+                a = tl.load(a_at + i[:, None] * CHUNK + i[None, :])
+            else:
+                a = tl.load(a_at + i[:, None] + i[None, :] * CHUNK)
+            o_t = tl.dot(y_t, a, o_t, input_precision=PRECISION)
+            tl.store(out + token_v, o_t.to(out.dtype.element_ty), (i < length)[None, :] & (v_ < V)[:, None])
+        z_at = z + at_chunk * (CHUNK * KP) + i[:, None] * KP
+        s0 = tl.dot(y_t, tl.load(z_at + c0[None, :]), s0 * tl.exp(total0)[None, :], input_precision=PRECISION)
+        if BLOCKS == 2:
+            total1 = tl.load(total + at_chunk * KP + c1)
+            s1 = tl.dot(y_t, tl.load(z_at + c1[None, :]), s1 * tl.exp(total1)[None, :], input_precision=PRECISION)
+        if LEAVING:
+            passed0 += total0
+            if BLOCKS == 2:
+                passed1 += total1
+        if PACKED and FINAL:
+            ends = (chunk % 2 == 0) & (place % 2 == 1) if REVERSE else (chunk % 2 == 1) & (place >= 2)
+            if ends:
+                store_state(final + at_document, s0, v_, c0, K, V)
+                if BLOCKS == 2:
+                    store_state(final + at_document, s1, v_, c1, K, V)
+
+    if LEAVING:
+        tl.store(leaving + at_segment + own0, s0)
+        tl.store(leaving_total + (segment * H + h) * KP + c0, passed0, mask=(c0 >= 0) & (v_tile == 0))
+        if BLOCKS == 2:
+            tl.store(leaving + at_segment + own1, s1)
+            tl.store(leaving_total + (segment * H + h) * KP + c1, passed1, mask=(c1 >= 0) & (v_tile == 0))
+    if FINAL and not PACKED:
+        at_row = final + (row * H + h).to(tl.int64) * (K * V)
+        store_state(at_row, s0, v_, c0, K, V)
+        if BLOCKS == 2:
+            store_state(at_row, s1, v_, c1, K, V)
+
+
+@triton.jit(do_not_specialize=["segments", "H"])
+def scan_kernel(
+    local, total, initial, final, segments, H,
+    K: tl.constexpr, KP: tl.constexpr, V: tl.constexpr, VP: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    REVERSE: tl.constexpr, INITIAL: tl.constexpr, FINAL: tl.constexpr,
+):  # fmt: skip
+    """From what each segment adds to the state, in place, the state that enters it."""
+    row, h = tl.program_id(2) // H, tl.program_id(2) % H
+    v_ = tl.program_id(0) * BV + tl.arange(0, BV)
+    c = tl.program_id(1) * BK + tl.arange(0, BK)
+    at_row = (row * H + h).to(tl.int64) * (K * V)
+    if INITIAL:
+        state = load_state(initial + at_row, v_, c, K, V)
+    else:
+        state = tl.zeros((BV, BK), tl.float32)
+    for step in range(segments):
+        segment = row * segments + (segments - 1 - step if REVERSE else step)
+        at = local + (segment * H + h).to(tl.int64) * (KP * VP) + v_[:, None] * KP + c[None, :]
+        added = tl.load(at)
+        tl.store(at, state)
+        state = tl.exp(tl.load(total + (segment * H + h) * KP + c))[None, :] * state + added
+    if FINAL:
+        store_state(final + at_row, state, v_, c, K, V)
