@@ -149,9 +149,13 @@ class Chunks:
         launch(out=out, states=states, entering=entering, **within)
 
     def segments(self, programs: int) -> tuple[int, int]:
-        """How many segments a row is cut into, and the pairs of chunks in each: enough for two programs a multiprocessor."""
-        most = max(self.layout.row_pairs // PAIRS_A_SEGMENT, 1)
-        count = min(triton.cdiv(2 * multiprocessors(self.v.device), programs), most)
+        """How many segments a row is cut into, and the pairs of chunks in each.
+
+        Segments cost a second pass over the keys and values, so only where a quarter of the GPU would idle without them.
+        """
+        processors = multiprocessors(self.v.device)
+        count = 1 if 4 * programs >= 3 * processors else 2 * processors // programs
+        count = min(count, max(self.layout.row_pairs // PAIRS_A_SEGMENT, 1))
         pairs = triton.cdiv(self.layout.row_pairs, count)
         return triton.cdiv(self.layout.row_pairs, pairs), pairs
 
@@ -186,12 +190,12 @@ def score_tile(KP: int, exact: bool) -> dict[str, int]:
 def walk_tile(KP: int, VP: int, output: bool) -> dict[str, int]:
     BK = min(KP, 128)
     if not output:
-        return {"BK": BK, "BLOCKS": 1, "BV": min(VP, 32), "num_warps": 4, "num_stages": 3}
-    return {"BK": BK, "BLOCKS": KP // BK, "BV": min(VP, 64), "num_warps": 4, "num_stages": 2}
+        return {"BK": BK, "BLOCKS": 1, "BV": min(VP, 64), "num_warps": 4, "num_stages": 3}
+    return {"BK": BK, "BLOCKS": KP // BK, "BV": min(VP, 64), "num_warps": 4, "num_stages": 2 if KP <= 128 else 1}
 
 
 def gradient_tile(KP: int, VP: int, exact: bool) -> dict[str, int]:
-    return {"BK": min(KP, 64), "BV": min(VP, 64), "num_warps": 8}
+    return {"BK": min(KP, 64), "BV": min(VP, 64), "num_warps": 8, "num_stages": 3}
 
 
 @functools.cache

@@ -69,11 +69,15 @@ def walk_kernel(
     passed0 = tl.zeros((BK,), tl.float32)
     passed1 = tl.zeros((BK,), tl.float32)
 
-    for step in range(0, 2 * (to_pair - from_pair)):
-        if REVERSE:
-            chunk = 2 * (row * row_pairs + to_pair) - 1 - step
-        else:
-            chunk = 2 * (row * row_pairs + from_pair) + step
+    steps = 2 * (to_pair - from_pair)
+    chunk = 2 * (row * row_pairs + to_pair) - 1 if REVERSE else 2 * (row * row_pairs + from_pair)
+    ahead: tl.constexpr = -1 if REVERSE else 1
+    # The pipeliner fetches ahead only what feeds a product; the decays are fetched a step ahead by hand.
+    next0 = tl.load(total + (chunk * H + h).to(tl.int64) * KP + c0)
+    next1 = next0
+    if BLOCKS == 2:
+        next1 = tl.load(total + (chunk * H + h).to(tl.int64) * KP + c1)
+    for step in range(0, steps):
         at_chunk = (chunk * H + h).to(tl.int64)
         start, length = locate(chunk, T, row_pairs, table, PACKED, 2)
         if PACKED:
@@ -98,7 +102,11 @@ def walk_kernel(
                 if BLOCKS == 2:
                     tl.store(to + own1, s1.to(dtype))
 
-        total0 = tl.load(total + at_chunk * KP + c0)
+        total0, total1 = next0, next1
+        following = ((chunk + tl.where(step + 1 < steps, ahead, 0)) * H + h).to(tl.int64) * KP
+        next0 = tl.load(total + following + c0)
+        if BLOCKS == 2:
+            next1 = tl.load(total + following + c1)
         token_v = (start * H + h) * V + i[None, :] * (H * V) + v_[:, None]
         y_t = tl.load(y + token_v, (i < length)[None, :] & (v_ < V)[:, None], 0.0).to(dtype)
         if OUTPUT:
@@ -116,7 +124,6 @@ def walk_kernel(
         z_at = z + at_chunk * (CHUNK * KP) + i[:, None] * KP
         s0 = tl.dot(y_t, tl.load(z_at + c0[None, :]), s0 * tl.exp(total0)[None, :], input_precision=PRECISION)
         if BLOCKS == 2:
-            total1 = tl.load(total + at_chunk * KP + c1)
             s1 = tl.dot(y_t, tl.load(z_at + c1[None, :]), s1 * tl.exp(total1)[None, :], input_precision=PRECISION)
         if LEAVING:
             passed0 += total0
@@ -128,6 +135,7 @@ def walk_kernel(
                 store_state(final + at_document, s0, v_, c0, K, V)
                 if BLOCKS == 2:
                     store_state(final + at_document, s1, v_, c1, K, V)
+        chunk += ahead
 
     if LEAVING:
         tl.store(leaving + at_segment + own0, s0)
