@@ -4,13 +4,17 @@ TORCH ?= torch==2.13.0
 TRANSFORMERS ?= transformers>=5.17,<6
 RUN = .venv/bin/python
 
-.PHONY: demo test lint types check bench clean
+.PHONY: demo test gpu-test lint types check bench gpu-bench clean
 
 demo: .venv/ready
 	$(RUN) -m training.demo
 
 test: .venv/ready
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile
+
+# On a machine with a GPU, with the Python that knows it.
+gpu-test:
+	$(PYTHON) -m pytest tests/test_kernels.py
 
 lint: .venv/ready
 	$(RUN) -m ruff check .
@@ -23,6 +27,9 @@ check: lint types test
 
 bench: .venv/ready
 	$(RUN) -m benchmarks.ops
+
+gpu-bench:
+	$(PYTHON) -m benchmarks.kernels
 
 .venv/ready: pyproject.toml
 	$(PYTHON) -m venv .venv

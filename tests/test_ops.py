@@ -690,7 +690,8 @@ def test_long_conv_takes_no_state_of_packed_documents():
 
 
 @named(FULL_CASES)
-def test_triton_on_a_cpu_says_the_way_out(case):
+def test_triton_on_a_cpu_says_the_way_out(case, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     inputs = case.sample(6, dtype=torch.float32)
     with pytest.raises(ValueError, match="triton") as info:
         case("triton", **inputs)

@@ -30,9 +30,9 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """o and the final state [N, H, K, V]. q, k [B, T, H, K], v [B, T, H, V], g [B, T, H, K] or [B, T, H]."""
     run = Chunks(q, k, v, g, scale, cu_seqlens)
-    out = torch.empty_like(v)
+    out = v.new_empty(v.shape)
     final = run.new_state(initial_state)
-    run.walk(v, out=out, initial=initial_state, final=final)
+    run.walk(run.v, out=out, initial=contiguous(initial_state), final=final)
     return out, final
 
 
@@ -51,8 +51,9 @@ def backward(
     """The gradients of q, k, v, g (None unless needed) and the initial state."""
     run = Chunks(q, k, v, g, scale, cu_seqlens)
     states, d_states = run.new_pair_states(), run.new_pair_states()
-    dv, d_initial = torch.empty_like(v), run.new_state(d_final)
-    run.walk(v, states=states, initial=initial_state)
+    dv, d_initial = v.new_empty(v.shape), run.new_state(d_final)
+    do, d_final = do.contiguous(), contiguous(d_final)
+    run.walk(run.v, states=states, initial=contiguous(initial_state))
     run.walk(do, reverse=True, out=dv, states=d_states, initial=d_final, final=d_initial)
     return *run.gradients(do, states, d_states, needs_dg), dv, d_initial
 
@@ -63,8 +64,10 @@ class Chunks:
     def __init__(self, q: Tensor, k: Tensor, v: Tensor, g: Tensor, scale: float, cu_seqlens: Tensor | None):
         B, T, self.H, self.K = q.shape
         self.V, self.tokens, self.scale = v.shape[-1], B * T, scale
-        self.q, self.k, self.v, self.g = q, k, v, g
-        self.vector, self.mild = g.dim() == 4, MILD[v.dtype]
+        q, k, v = self.q, self.k, self.v = q.contiguous(), k.contiguous(), v.contiguous()
+        if g.dim() == 4 or (B > 1 and g.stride(0) != T * g.stride(1)):  # tokens are counted over all rows
+            g = g.contiguous()
+        self.g, self.vector, self.mild = g, g.dim() == 4, MILD[v.dtype]
         self.layout: Layout = make_layout(B, T, cu_seqlens)
         self.KP = fit(self.K, 128) if self.K <= 128 else 256
         self.VP = triton.cdiv(self.V, 128) * 128 if self.V > 128 else fit(self.V, 128)
@@ -101,7 +104,9 @@ class Chunks:
         shape = (self.layout.documents, self.H, self.K, self.V)
         if not self.layout.packed:
             return self.v.new_empty(shape, dtype=torch.float32)
-        return self.v.new_zeros(shape, dtype=torch.float32) if like is None else like.clone()
+        return (
+            self.v.new_zeros(shape, dtype=torch.float32) if like is None else like.clone(memory_format=torch.contiguous_format)
+        )
 
     def new_pair_states(self) -> Tensor:
         return self.v.new_empty(self.layout.rows * self.layout.row_pairs, self.H, self.VP, self.KP)
@@ -161,10 +166,10 @@ class Chunks:
 
     def gradients(self, do: Tensor, states: Tensor, d_states: Tensor, needs_dg: bool) -> tuple[Tensor, Tensor, Tensor | None]:
         layout, H, g = self.layout, self.H, self.g
-        dq, dk, dg = torch.empty_like(self.q), torch.empty_like(self.k), None
+        dq, dk, dg = self.q.new_empty(self.q.shape), self.k.new_empty(self.k.shape), None
         tile = gradient_tile(self.KP, self.VP, False)
         if needs_dg:
-            dg = torch.empty_like(g) if self.vector else g.new_empty(self.KP // tile["BK"], *g.shape, dtype=torch.float32)
+            dg = g.new_empty(g.shape) if self.vector else g.new_empty(self.KP // tile["BK"], *g.shape, dtype=torch.float32)
         strides = (0, 0) if self.vector else (g.stride(1), g.stride(2))
         for exact in self.forms() if self.vector else (False,):
             tile = gradient_tile(self.KP, self.VP, exact)
@@ -176,6 +181,10 @@ class Chunks:
         if dg is not None and not self.vector:
             dg = dg.sum(0).to(g.dtype)
         return dq, dk, dg
+
+
+def contiguous(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
 
 
 def fit(size: int, most: int) -> int:

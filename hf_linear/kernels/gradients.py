@@ -100,14 +100,20 @@ def gradient_kernel(
     else:
         between, to_start, to_end, _ = scalar_decays(g, start, length, h, token_stride, head_stride, PAIR)
         block = (tl.where(row > col, da * between, 0.0) * scale).to(dtype)
-        dq_ = dq_ * (tl.exp(to_start) * scale)[:, None]
-        dq_ = tl.dot(block, k_.to(dtype), dq_, input_precision=PRECISION)
+        dq_far = dq_ * (tl.exp(to_start) * scale)[:, None]
+        dq_ = tl.dot(block, k_.to(dtype), dq_far, input_precision=PRECISION)
         dk_ *= tl.exp(to_end)[:, None]
         dk_near = tl.dot(tl.trans(block), q_.to(dtype), input_precision=PRECISION)
         if DG:
+            # The same four parts; a sum over masks where a running sum less its own term would cancel.
             left = tl.sum(k_ * dk_, 1)
-            dg_ = tl.cumsum(tl.sum(q_ * dq_ - k_ * dk_near, 1), 0, reverse=True) + (tl.cumsum(left, 0) - left)
-            dg_ += tl.sum(d_decay * tl.exp(whole), 0)
+            dg_ = tl.sum(tl.where(row > col, left[None, :], 0.0), 1) + tl.sum(d_decay * tl.exp(whole), 0)
+            if PRECISION == "ieee":
+                pairs = tl.dot(q_, tl.trans(k_), input_precision=PRECISION) * block
+                across_t = tl.where(row > col, tl.cumsum(pairs, 0, reverse=True), 0.0)
+                dg_ += tl.cumsum(tl.sum(q_ * dq_far, 1), 0, reverse=True) + tl.sum(across_t, 1)
+            else:
+                dg_ += tl.cumsum(tl.sum(q_ * dq_ - k_ * dk_near, 1), 0, reverse=True)
             to = dg + (tl.program_id(0) * tokens + start + i) * H + h
             tl.store(to, dg_, i < length)
         dk_ += dk_near

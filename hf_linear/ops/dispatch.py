@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-Backend = Literal["auto", "reference", "chunked"]
+Backend = Literal["auto", "reference", "chunked", "triton"]
 
 
 def run(implementations: Mapping[str, Callable], backend: str, T: int, *inputs: Any) -> tuple[Tensor, Tensor]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from hf_linear.ops import chunked, reference
-from hf_linear.ops.dispatch import Backend, check_shape, run
-from hf_linear.ops.linear_attention import prepare
+from hf_linear.ops.dispatch import Backend, check_shape
+from hf_linear.ops.linear_attention import attend, prepare
 
 IMPLEMENTATIONS = {"reference": reference.gated_linear_attention, "chunked": chunked.gated_linear_attention}
 
@@ -32,7 +32,8 @@ def gated_linear_attention(
         scale: K ** -0.5 when None.
         initial_state: [B, H, K, V] float32 (float64 for float64 inputs), zeros when None; [N, H, K, V] with `cu_seqlens`.
         cu_seqlens: [N + 1] int32 or int64, the boundaries of N documents packed in one row (B = 1); each has its own state.
-        backend: "reference" token by token, "chunked" in chunks, "auto" by T. A named backend is used or raises.
+        backend: "reference" token by token, "chunked" in chunks of PyTorch, "triton" in chunks on a GPU; "auto" by device and
+            T. A named backend is used or raises.
 
     Returns:
         o [B, T, H, V] in v's dtype, and the final state, shaped and typed as `initial_state`.
@@ -42,8 +43,6 @@ def gated_linear_attention(
 
     Source: Yang et al. 2023, arXiv 2312.06635, eq. 3.
     """
-    state, scale, dtype = prepare(q, k, v, g, scale, initial_state, cu_seqlens)
+    scale = prepare(q, k, v, g, scale, initial_state, cu_seqlens)
     check_shape("g", g, "[B, T, H, K] as k", tuple(k.shape))
-    q, k, v_, g = (x.to(dtype) for x in (q, k, v, g))
-    o, state = run(IMPLEMENTATIONS, backend, q.shape[1], q, k, v_, g, scale, state, cu_seqlens)
-    return o.to(v.dtype), state
+    return attend(IMPLEMENTATIONS, backend, q, k, v, g, scale, initial_state, cu_seqlens)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+
 import torch
 from torch import Tensor
 
-from hf_linear.ops import chunked, reference
+from hf_linear.ops import chunked, gpu, reference
 from hf_linear.ops.dispatch import (
     Backend,
     check_floating,
@@ -17,6 +19,7 @@ from hf_linear.ops.dispatch import (
     run,
 )
 
+STATE_LAYOUT = "[B, H, K, V] (packed: [N, H, K, V])"
 IMPLEMENTATIONS = {"reference": reference.linear_attention, "chunked": chunked.linear_attention}
 
 
@@ -41,7 +44,8 @@ def linear_attention(
         scale: K ** -0.5 when None.
         initial_state: [B, H, K, V] float32 (float64 for float64 inputs), zeros when None; [N, H, K, V] with `cu_seqlens`.
         cu_seqlens: [N + 1] int32 or int64, the boundaries of N documents packed in one row (B = 1); each has its own state.
-        backend: "reference" token by token, "chunked" in chunks, "auto" by T. A named backend is used or raises.
+        backend: "reference" token by token, "chunked" in chunks of PyTorch, "triton" in chunks on a GPU; "auto" by device and
+            T. A named backend is used or raises.
 
     Returns:
         o [B, T, H, V] in v's dtype, and the final state, shaped and typed as `initial_state`.
@@ -52,7 +56,7 @@ def linear_attention(
     Source: Katharopoulos et al. 2020, arXiv 2006.16236, eq. 16-18; RetNet, arXiv 2307.08621, eq. 6;
     Mamba-2, arXiv 2405.21060, eq. 16.
     """
-    state, scale, dtype = prepare(q, k, v, g, scale, initial_state, cu_seqlens)
+    scale = prepare(q, k, v, g, scale, initial_state, cu_seqlens)
     B, T, H, _ = q.shape
     if g is None:
         g = q.new_zeros(H)
@@ -60,9 +64,7 @@ def linear_attention(
         check_shape("g", g, "[H]", (H,))
     else:
         check_shape("g", g, "[H] or [B, T, H]", (B, T, H))
-    q, k, v_, g = (x.to(dtype) for x in (q, k, v, g))
-    o, state = run(IMPLEMENTATIONS, backend, T, q, k, v_, g.expand(B, T, H), scale, state, cu_seqlens)
-    return o.to(v.dtype), state
+    return attend(IMPLEMENTATIONS, backend, q, k, v, g.expand(B, T, H), scale, initial_state, cu_seqlens)
 
 
 def prepare(
@@ -73,8 +75,8 @@ def prepare(
     scale: float | None,
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
-) -> tuple[Tensor, float, torch.dtype]:
-    """Check what the matrix-state ops have in common; returns the initial state, the scale and the dtype to compute in."""
+) -> float:
+    """Check what the matrix-state ops have in common; returns the scale."""
     check_floating(q=q, k=k, v=v, g=g, initial_state=initial_state)
     check_sequence("q", q, "[B, T, H, K]", dim=1)
     B, T, H, K = q.shape
@@ -83,9 +85,36 @@ def prepare(
     V = v.shape[-1]
     check_shape("v", v, "[B, T, H, V] as q", (B, T, H, V))
     check_packed(cu_seqlens, q, T)
+    if initial_state is not None:
+        check_state("initial_state", initial_state, STATE_LAYOUT, state_shape(q, v, cu_seqlens), compute_dtype(v))
+    return K**-0.5 if scale is None else scale
+
+
+def state_shape(q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> tuple[int, ...]:
+    return (q.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1, q.shape[2], q.shape[3], v.shape[3])
+
+
+def zero_state(q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    return torch.zeros(state_shape(q, v, cu_seqlens), dtype=compute_dtype(v), device=q.device)
+
+
+def attend(
+    implementations: Mapping[str, Callable],
+    backend: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    scale: float,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Run a recurrence on checked inputs. The kernels take them as they are, PyTorch in the dtype to compute in."""
+    if gpu.chosen(backend, q, v):
+        return gpu.attend(q, k, v, g, scale, initial_state, cu_seqlens)
     dtype = compute_dtype(v)
-    shape = (B if cu_seqlens is None else len(cu_seqlens) - 1, H, K, V)
     if initial_state is None:
-        initial_state = torch.zeros(shape, dtype=dtype, device=q.device)
-    check_state("initial_state", initial_state, "[B, H, K, V] (packed: [N, H, K, V])", shape, dtype)
-    return initial_state, K**-0.5 if scale is None else scale, dtype
+        initial_state = zero_state(q, v, cu_seqlens)
+    q, k, v_, g = (x.to(dtype) for x in (q, k, v, g))
+    o, state = run(implementations, backend, q.shape[1], q, k, v_, g, scale, initial_state, cu_seqlens)
+    return o.to(v.dtype), state

@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hf_linear.ops.dispatch import check_sequence, check_shape
-from hf_linear.ops.linear_attention import linear_attention, prepare
+from hf_linear.ops.dispatch import check_sequence, check_shape, compute_dtype
+from hf_linear.ops.linear_attention import linear_attention, prepare, zero_state
 
 
 def retention_decay(num_heads: int, device: torch.device | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -31,8 +31,8 @@ def retention_parallel(
 ) -> tuple[Tensor, Tensor]:
     """o = (scale * q k^T * D) v with D_ij = exp(g (i - j)) for i >= j: quadratic in T, as attention is."""
     check_decay(q, g)
-    state, scale, dtype = prepare(q, k, v, g, scale, initial_state, None)
-    T = q.shape[1]
+    scale, dtype, T = prepare(q, k, v, g, scale, initial_state, None), compute_dtype(v), q.shape[1]
+    state = zero_state(q, v, None) if initial_state is None else initial_state
     qh, kh, vh = (x.to(dtype).transpose(1, 2) for x in (q, k, v))  # [B, H, T, D]
     g = g.to(dtype)[:, None]
     steps = torch.arange(T, device=q.device, dtype=dtype)

@@ -1,0 +1,78 @@
+"""The chunk kernels as PyTorch operators: differentiable once, and one node each of a compiled graph."""
+
+from typing import Optional
+
+import torch
+from torch import Tensor
+
+from hf_linear.kernels import chunk
+
+
+@torch.library.custom_op("hf_linear::chunk_attention", mutates_args=())
+def chunk_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    scale: float,
+    initial_state: Optional[Tensor],  # noqa: UP045  (the schema is read from the annotation)
+    cu_seqlens: Optional[Tensor],  # noqa: UP045
+) -> tuple[Tensor, Tensor]:
+    """o [B, T, H, V] and the final state [N, H, K, V] float32, from q, k and v of one dtype and a float32 g."""
+    return chunk.forward(q, k, v, g, scale, initial_state, cu_seqlens)
+
+
+@torch.library.custom_op("hf_linear::chunk_attention_backward", mutates_args=())
+def chunk_attention_backward(
+    do: Tensor,
+    d_final: Optional[Tensor],  # noqa: UP045
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    scale: float,
+    initial_state: Optional[Tensor],  # noqa: UP045
+    cu_seqlens: Optional[Tensor],  # noqa: UP045
+    needs_dg: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of q, k, v, g (empty unless needed) and the initial state."""
+    dq, dk, dg, dv, d_initial = chunk.backward(do, d_final, q, k, v, g, scale, initial_state, cu_seqlens, needs_dg)
+    return dq, dk, dv, g.new_empty(0) if dg is None else dg, d_initial
+
+
+@chunk_attention.register_fake
+def _(q, k, v, g, scale, initial_state, cu_seqlens):
+    return empty(v), state_like(q, v, cu_seqlens)
+
+
+@chunk_attention_backward.register_fake
+def _(do, d_final, q, k, v, g, scale, initial_state, cu_seqlens, needs_dg):
+    return empty(q), empty(k), empty(v), empty(g) if needs_dg else g.new_empty(0), state_like(q, v, cu_seqlens)
+
+
+def empty(x: Tensor) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def state_like(q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    rows = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    return q.new_empty(rows, q.shape[2], q.shape[3], v.shape[3], dtype=torch.float32)
+
+
+def setup_context(ctx, inputs, output) -> None:
+    q, k, v, g, ctx.scale, initial_state, cu_seqlens = inputs
+    ctx.save_for_backward(q, k, v, g, initial_state, cu_seqlens)
+    ctx.set_materialize_grads(False)
+
+
+def backward(ctx, do: Tensor | None, d_final: Tensor | None):
+    q, k, v, g, initial_state, cu_seqlens = ctx.saved_tensors
+    do = torch.zeros_like(v) if do is None else do
+    needs_dg = ctx.needs_input_grad[3]
+    dq, dk, dv, dg, d_initial = chunk_attention_backward(
+        do, d_final, q, k, v, g, ctx.scale, initial_state, cu_seqlens, needs_dg
+    )
+    return dq, dk, dv, dg if needs_dg else None, None, d_initial if ctx.needs_input_grad[5] else None, None
+
+
+chunk_attention.register_autograd(backward, setup_context=setup_context)
