@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 import hf_linear
 from hf_linear import ops
+from hf_linear.ops import gpu
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 on_gpu = pytest.mark.gpu
@@ -48,8 +49,8 @@ def assert_as_exact_as_chunked(inputs, d_outputs, cu_seqlens=None) -> None:
     That one computes in float32 whatever the inputs' dtype; what it returns is rounded to theirs, which is the least error that
     an operator on such inputs can have. The floor is the rounding of float32 itself, for results that come out exact there.
 
-    Eight times for the gradient of g where it is what is left of sums that nearly cancel: of products whose factors tensor
-    cores take in half precision, or of all tokens' parts in one number a head.
+    Four times that for the gradient of g where it is what is left of sums that nearly cancel: of products whose factors tensor
+    cores take in half precision; and again where all tokens' parts end in one number a head.
     """
     dtype = inputs[0].dtype
     exact = run(inputs, d_outputs, "chunked", torch.float64, cu_seqlens)
@@ -57,7 +58,9 @@ def assert_as_exact_as_chunked(inputs, d_outputs, cu_seqlens=None) -> None:
     found = run(inputs, d_outputs, "triton", cu_seqlens=cu_seqlens)
     for name, x, y, z in zip(NAMES, found, chunked, exact, strict=True):
         assert x.isfinite().all(), name
-        times = 8 if name == "dg" and (dtype != torch.float32 or x.dim() == 1) else 2
+        times = 2
+        if name == "dg":
+            times *= (1 if dtype == torch.float32 else 4) * (4 if x.dim() == 1 else 1)
         allowed = times * (distance(y.to(dtype), z) + 2**-23)
         assert distance(x.to(dtype), z) <= allowed, f"{name}: {distance(x.to(dtype), z):.2e} > {allowed:.2e}"
 
@@ -194,9 +197,14 @@ def test_gpu_documents(kind):
     assert_as_exact_as_chunked(*make_inputs(1, 4000, 2, 64, 64, kind, torch.bfloat16, documents=5), bounds)
 
 
+@pytest.fixture
+def models_use_kernels(monkeypatch):
+    monkeypatch.setattr(gpu, "chosen", lambda backend, q, v: backend == "auto" and q.shape[1] > 1)
+
+
 @on_gpu
 @pytest.mark.parametrize("name", ["GLA", "RetNet"])
-def test_gpu_models_compile_without_a_break(name):
+def test_gpu_models_compile_without_a_break(name, models_use_kernels):
     config = getattr(hf_linear, f"{name}Config")(hidden_size=128, num_hidden_layers=2, num_heads=2, vocab_size=256)
     model = getattr(hf_linear, f"{name}ForCausalLM")(config).to("cuda", torch.bfloat16)
     ids = torch.randint(256, (2, 200), device="cuda")
@@ -208,7 +216,7 @@ def test_gpu_models_compile_without_a_break(name):
 
 
 @on_gpu
-def test_gpu_checkpointed_and_autocast_training():
+def test_gpu_checkpointed_and_autocast_training(models_use_kernels):
     config = hf_linear.GLAConfig(hidden_size=128, num_hidden_layers=2, num_heads=2, vocab_size=256)
     model = hf_linear.GLAForCausalLM(config).cuda().train()
     ids = torch.randint(256, (2, 200), device="cuda")
@@ -228,10 +236,10 @@ def test_gpu_checkpointed_and_autocast_training():
 @on_gpu
 def test_gpu_cuda_graph():
     (q, k, v, g, _), _ = make_inputs(1, 500, 2, 64, 64, PER_CHANNEL, torch.bfloat16)
-    expected, _ = ops.gated_linear_attention(q, k, v, g)
+    expected, _ = ops.gated_linear_attention(q, k, v, g, backend="triton")
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        o, _ = ops.gated_linear_attention(q, k, v, g)
+        o, _ = ops.gated_linear_attention(q, k, v, g, backend="triton")
     o.zero_()
     graph.replay()
     assert torch.equal(o, expected)
@@ -245,9 +253,8 @@ def test_gpu_a_new_length_compiles_nothing():
         kernels = (gradients.gradient_kernel, scores.vector_kernel, walk.walk_kernel, walk.scan_kernel)
         return sum(len(cache[0]) for kernel in kernels for cache in kernel.device_caches.values())
 
-    inputs = make_inputs(2, 2048, 4, 64, 64, PER_CHANNEL, torch.bfloat16)
-    run(*inputs, "triton")
-    run(*make_inputs(1, 4096, 1, 64, 64, PER_CHANNEL, torch.bfloat16), "triton")  # cut into segments
+    for B, T, H in ((1, 200, 2), (1, 4096, 2)):  # in one piece and cut into segments
+        run(*make_inputs(B, T, H, 64, 64, PER_CHANNEL, torch.bfloat16), "triton")
     before = compiled()
     for B, T, H in ((3, 2000, 4), (1, 5000, 1), (1, 77, 16)):
         run(*make_inputs(B, T, H, 64, 64, PER_CHANNEL, torch.bfloat16), "triton")

@@ -21,7 +21,6 @@ from hf_linear.kernels.layout import CHUNK, Layout, make_layout
 from hf_linear.kernels.scores import MILD, scalar_kernel, vector_kernel
 from hf_linear.kernels.walk import scan_kernel, walk_kernel
 
-MAX_K = 256  # two tiles of 128 channels of the state fit in registers
 PAIRS_A_SEGMENT = 4  # at least: shorter ones spend more on their states than they gain
 
 
@@ -69,8 +68,8 @@ class Chunks:
             g = g.contiguous()
         self.g, self.vector, self.mild = g, g.dim() == 4, MILD[v.dtype]
         self.layout: Layout = make_layout(B, T, cu_seqlens)
-        self.KP = fit(self.K, 128) if self.K <= 128 else 256
-        self.VP = triton.cdiv(self.V, 128) * 128 if self.V > 128 else fit(self.V, 128)
+        self.KP = next(width for width in (64, 128, 256) if self.K <= width)
+        self.VP = triton.cdiv(self.V, 64) * 64
         self.common = {
             "K": self.K, "KP": self.KP, "PACKED": self.layout.packed,
             "PRECISION": "ieee" if v.dtype == torch.float32 else "tf32",  # the latter concerns no other dtype
@@ -122,14 +121,14 @@ class Chunks:
     ) -> None:
         """Walk all rows in one direction, through segments where there are few of them."""
         layout, H, KP, VP = self.layout, self.H, self.KP, self.VP
-        segments, pairs = self.segments(layout.rows * H * (VP // walk_tile(KP, VP, out is not None)["BV"]))
+        segments, pairs = self.segments(layout.rows * H * (VP // walk_tile(KP, out is not None)["BV"]))
         x, z = (self.z, self.x) if reverse else (self.x, self.z)
         sizes = {**self.common, "V": self.V, "VP": VP}
 
         def launch(**kwargs) -> None:
             given = dict.fromkeys(("out", "states", "entering", "leaving", "leaving_total", "initial", "final")) | kwargs
             has = {name.upper(): tensor is not None for name, tensor in given.items() if name not in ("out", "leaving_total")}
-            tile = walk_tile(KP, VP, given["out"] is not None)
+            tile = walk_tile(KP, given["out"] is not None)
             tiles = VP // tile["BV"] * (KP // (tile["BK"] * tile["BLOCKS"]))
             walk_kernel[(tiles, layout.rows * segments, H)](
                 x, z, y, self.scores, self.total, *given.values(), layout.table,
@@ -144,7 +143,7 @@ class Chunks:
         passed = y.new_empty(layout.rows * segments, H, KP, dtype=torch.float32)
         launch(leaving=entering, leaving_total=passed, initial=initial if layout.packed else None)
         across = {"initial": None, "final": None} if layout.packed else {"initial": initial, "final": final}
-        block = {"BK": min(KP, 64), "BV": min(VP, 32)}
+        block = {"BK": 64, "BV": 32}
         scan_kernel[(VP // block["BV"], KP // block["BK"], layout.rows * H)](
             entering, passed, *across.values(), segments, H, REVERSE=reverse,
             INITIAL=across["initial"] is not None, FINAL=across["final"] is not None,
@@ -167,16 +166,18 @@ class Chunks:
     def gradients(self, do: Tensor, states: Tensor, d_states: Tensor, needs_dg: bool) -> tuple[Tensor, Tensor, Tensor | None]:
         layout, H, g = self.layout, self.H, self.g
         dq, dk, dg = self.q.new_empty(self.q.shape), self.k.new_empty(self.k.shape), None
-        tile = gradient_tile(self.KP, self.VP, False)
         if needs_dg:
-            dg = g.new_empty(g.shape) if self.vector else g.new_empty(self.KP // tile["BK"], *g.shape, dtype=torch.float32)
+            dg = (
+                g.new_empty(g.shape)
+                if self.vector
+                else g.new_empty(self.KP // GRADIENT_TILE["BK"], *g.shape, dtype=torch.float32)
+            )
         strides = (0, 0) if self.vector else (g.stride(1), g.stride(2))
         for exact in self.forms() if self.vector else (False,):
-            tile = gradient_tile(self.KP, self.VP, exact)
-            gradient_kernel[(self.KP // tile["BK"], layout.rows * layout.row_pairs, H)](
+            gradient_kernel[(self.KP // GRADIENT_TILE["BK"], layout.rows * layout.row_pairs, H)](
                 self.q, self.k, self.v, do, g, self.total, states, d_states, dq, dk, dg, layout.table,
                 self.scale, self.mild, layout.T, layout.row_pairs, H, self.tokens, *strides,
-                V=self.V, VP=self.VP, VECTOR=self.vector, EXACT=exact, DG=needs_dg, **self.common, **tile,
+                V=self.V, VP=self.VP, VECTOR=self.vector, EXACT=exact, DG=needs_dg, **self.common, **GRADIENT_TILE,
             )  # fmt: skip
         if dg is not None and not self.vector:
             dg = dg.sum(0).to(g.dtype)
@@ -187,24 +188,18 @@ def contiguous(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.contiguous()
 
 
-def fit(size: int, most: int) -> int:
-    """The width of a tile that covers `size` as far as `most`; matrix products take 16 at least."""
-    return min(triton.next_power_of_2(max(size, 16)), most)
-
-
 def score_tile(KP: int, exact: bool) -> dict[str, int]:
-    return {"BK": min(KP, 32 if exact else 64), "num_warps": 4}
+    return {"BK": 32 if exact else 64, "num_warps": 4}
 
 
-def walk_tile(KP: int, VP: int, output: bool) -> dict[str, int]:
+def walk_tile(KP: int, output: bool) -> dict[str, int]:
     BK = min(KP, 128)
     if not output:
-        return {"BK": BK, "BLOCKS": 1, "BV": min(VP, 64), "num_warps": 4, "num_stages": 3}
-    return {"BK": BK, "BLOCKS": KP // BK, "BV": min(VP, 64), "num_warps": 4, "num_stages": 2 if KP <= 128 else 1}
+        return {"BK": BK, "BLOCKS": 1, "BV": 64, "num_warps": 4, "num_stages": 3}
+    return {"BK": BK, "BLOCKS": KP // BK, "BV": 64 if KP <= 128 else 32, "num_warps": 4, "num_stages": 2}
 
 
-def gradient_tile(KP: int, VP: int, exact: bool) -> dict[str, int]:
-    return {"BK": min(KP, 64), "BV": min(VP, 64), "num_warps": 8, "num_stages": 3}
+GRADIENT_TILE = {"BK": 64, "BV": 64, "num_warps": 8, "num_stages": 3}
 
 
 @functools.cache
