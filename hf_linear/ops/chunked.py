@@ -54,32 +54,58 @@ class Chunks:
         self.last, self.empty = (ends - 1).clamp(min=0), counts == 0
 
     def split(self, x: Tensor) -> Tensor:
-        """[B, T, H, D] to [B, H, N, C, D]."""
+        """[B, T, H, D] to [N, B, H, C, D]: the chunks first, so that the scan finds the states of one in one piece."""
         if self.packed:
             x = x.new_zeros(1, self.number * self.size, *x.shape[2:]).index_copy(1, self.slot, x)
-        else:
-            x = F.pad(x, (0, 0, 0, 0, 0, -self.length % self.size))
-        return x.unflatten(1, (-1, self.size)).permute(0, 3, 1, 2, 4).contiguous()
+        elif padding := -self.length % self.size:
+            x = F.pad(x, (0, 0, 0, 0, 0, padding))
+        return x.unflatten(1, (-1, self.size)).permute(1, 0, 3, 2, 4).contiguous()
 
     def join(self, x: Tensor) -> Tensor:
-        """[B, H, N, C, D] back to [B, T, H, D]."""
-        x = x.permute(0, 2, 3, 1, 4).flatten(1, 2)
+        """[N, B, H, C, D] back to [B, T, H, D]."""
+        x = x.permute(1, 0, 3, 2, 4).flatten(1, 2)
         return x[:, self.slot] if self.packed else x[:, : self.length]
 
     def scan(self, decay: Tensor, update: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-        """The state that enters every chunk, [B, H, N, K, V], and the final state, from S_n+1 = decay_n S_n + update_n."""
-        entering, leaving = [], []
-        current = state[:1] if self.packed else state
-        fresh = state[self.document].split(1) if self.packed else ()
-        for n, (decay_n, update_n) in enumerate(zip(decay.unbind(2), update.unbind(2), strict=True)):
-            if self.packed:
-                current = torch.where(self.starts[n], fresh[n], current)
-            entering.append(current)
-            current = decay_n * current + update_n
-            leaving.append(current)
-        if self.packed:
-            current = torch.where(self.empty[:, None, None, None], state, torch.cat(leaving)[self.last])
-        return torch.stack(entering, 2), current
+        """The state that enters every chunk, [N, B, H, K, V], and the final state, from S_n+1 = decay_n S_n + update_n."""
+        if not self.packed:
+            return Scan.apply(decay, update, state, None)
+        # Where the next chunk starts a document, that document's own state takes the place of what this chunk leaves.
+        fresh, starts = state[self.document, None], self.starts[:, None, None, None, None]
+        reset = torch.cat([torch.where(starts[1:], fresh[1:], update[:-1]), update[-1:]])
+        entering, _ = Scan.apply(decay, reset, fresh[0], F.pad(self.starts[1:], (0, 1)))
+        leaving = update[self.last] + decay[self.last] * entering[self.last]
+        return entering, torch.where(self.empty[:, None, None, None], state, leaving[:, 0])
+
+
+class Scan(torch.autograd.Function):
+    """S_n+1 = decay_n S_n + update_n: every S_n that enters a chunk [N, ...], and the last; where cut_n, S_n+1 = update_n.
+
+    The gradient of S_n+1 runs through the same recurrence backwards, so the backward is the Function itself.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, decay: Tensor, update: Tensor, state: Tensor, cut: Tensor | None) -> tuple[Tensor, Tensor]:
+        states = torch.cat([state[None], update])
+        for n, decay_n in enumerate(decay.unbind()):
+            if cut is None:
+                states[n + 1].addcmul_(decay_n, states[n])
+            else:  # nothing passes from one document to the next, not even NaN
+                states[n + 1].add_((decay_n * states[n]).masked_fill(cut[n], 0.0))
+        entering, final = states[:-1], states[-1].clone()
+        ctx.save_for_backward(decay, entering, cut)
+        return entering, final
+
+    @staticmethod
+    def backward(ctx: Any, d_entering: Tensor, d_final: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        decay, entering, cut = ctx.saved_tensors
+        flipped_cut = None if cut is None else cut.flip(0)
+        d_update, d_state = Scan.apply(decay.flip(0), d_entering.flip(0), d_final, flipped_cut)
+        d_update = d_update.flip(0)
+        d_decay = (d_update * entering).sum_to_size(decay.shape)
+        if cut is not None:
+            d_decay = d_decay.masked_fill(cut[:, None, None, None, None], 0.0)
+        return d_decay, d_update, d_state, None
 
 
 def linear_attention(
@@ -88,10 +114,9 @@ def linear_attention(
     """S_t = exp(g_t) S_{t-1} + k_t v_t^T,   o_t = scale * S_t^T q_t, with one decay g [B, T, H] a head."""
     chunks = Chunks(q.shape[1], cu_seqlens)
     q, k, v, g = (chunks.split(x) for x in (q * scale, k, v, g[..., None]))
-    causal = torch.ones(chunks.size, chunks.size, dtype=torch.bool, device=q.device).tril()
     # between[i, j] = sum of g over (j, i]: the running sum down column j of g_i, begun below the diagonal
-    between = torch.where(causal.tril(-1), g, 0.0).cumsum(-2)
-    scores = (q @ k.transpose(-1, -2)) * torch.where(causal, between, -torch.inf).exp()
+    between = g.expand(*g.shape[:-1], chunks.size).tril(-1).cumsum(-2)
+    scores = (q @ k.transpose(-1, -2) * between.exp()).tril()
     from_start, to_end = g.cumsum(-2), between[..., -1, :, None]
     return finish(chunks, scores, q * from_start.exp(), k * to_end.exp(), v, from_start[..., -1:, :].exp(), state)
 
@@ -111,7 +136,27 @@ def finish(
 ) -> tuple[Tensor, Tensor]:
     """Outputs and final state from the scores within chunks, queries decayed from, and keys decayed to, their ends."""
     entering, state = chunks.scan(decay.transpose(-1, -2), k_out.transpose(-1, -2) @ v, state)
-    return chunks.join(scores @ v + q_in @ entering), state
+    return chunks.join(Outputs.apply(scores, v, q_in, entering)), state
+
+
+class Outputs(torch.autograd.Function):
+    """O = A V + Q S. Its own backward, to lay out the gradient once, in place of once in each of the four products."""
+
+    @staticmethod
+    def forward(ctx: Any, scores: Tensor, v: Tensor, q_in: Tensor, entering: Tensor) -> Tensor:
+        ctx.save_for_backward(scores, v, q_in, entering)
+        return (scores @ v).add_(q_in @ entering)
+
+    @staticmethod
+    def backward(ctx: Any, d_o: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        scores, v, q_in, entering = ctx.saved_tensors
+        d_o = d_o.contiguous()
+        return (
+            d_o @ v.transpose(-1, -2),
+            scores.transpose(-1, -2) @ d_o,
+            d_o @ entering.transpose(-1, -2),
+            q_in.transpose(-1, -2) @ d_o,
+        )
 
 
 class DecayedScores(torch.autograd.Function):
@@ -127,54 +172,46 @@ class DecayedScores(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        C = q.shape[-2]
         scores = torch.diag_embed((q * k).sum(-1))
-        for m, q_decay, k_decay in halvings(g):
-            if m < C:
-                later, earlier = second(q, m) * second(q_decay, m), first(k, m) * first(k_decay, m)
-                lower_left(scores, m).copy_(inner(later, earlier))
+        decay = g.exp()
+        q_in, k_out = q * decay, k.clone()
+        for m, left, right in halvings(decay):
+            lower_left(scores, m).copy_(inner(second(q_in, m), first(k_out, m)))
+            second(q_in, m).mul_(left)
+            first(k_out, m).mul_(right)
+            decay = left * right
         ctx.save_for_backward(q, k, g)
-        return scores, q * q_decay, k * k_decay, q_decay[..., -1:, :].clone()
+        return scores, q_in, k_out, decay.flatten(-3, -2)
 
     @staticmethod
     def backward(ctx: Any, d_scores: Tensor, d_q_in: Tensor, d_k_out: Tensor, d_decay: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, g = ctx.saved_tensors
-        C = q.shape[-2]
         diagonal = d_scores.diagonal(dim1=-2, dim2=-1)[..., None]
         dq, dk = diagonal * k, diagonal * q
-        for m, q_decay, k_decay in halvings(g):
-            if m < C:
-                later, earlier = second(q, m) * second(q_decay, m), first(k, m) * first(k_decay, m)
-                d_block = lower_left(d_scores, m)
-                second(dq, m).addcmul_(combine(d_block, earlier), second(q_decay, m))
-                first(dk, m).addcmul_(combine(d_block.transpose(-1, -2), later), first(k_decay, m))
-        dq, from_k_out = dq + d_q_in * q_decay, d_k_out * k_decay
-        dk = dk + from_k_out
+        q_decay, k_decay = g.exp(), torch.ones_like(g)
+        for m, left, right in halvings(q_decay):
+            q_second, k_first = second(q_decay, m), first(k_decay, m)
+            d_block = lower_left(d_scores, m)
+            second(dq, m).addcmul_(combine(d_block, first(k, m) * k_first), q_second)
+            first(dk, m).addcmul_(combine(d_block.transpose(-1, -2), second(q, m) * q_second), k_first)
+            q_decay = torch.stack([first(q_decay, m), q_second * left], -3).flatten(-4, -2)
+            k_decay = torch.stack([k_first * right, second(k_decay, m)], -3).flatten(-4, -2)
+        from_k_out = d_k_out * k_decay
+        dq, dk = dq.addcmul_(d_q_in, q_decay), dk.add_(from_k_out)
         # With G the running sum of g, the scores and q_in depend on G_i - G_j, k_out and the decay on G_C - G_j and G_C.
         d_end = (from_k_out * k).sum(-2, keepdim=True) + d_decay * q_decay[..., -1:, :]
         dg = (q * dq - k * dk).flip(-2).cumsum(-2).flip(-2) + d_end
         return dq, dk, dg
 
 
-def halvings(g: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """For m = 1, 2, ..., C: exp of the sums of g from the start of the block of m through i, and from behind j to its end."""
-    q_decay, k_decay, totals = g.exp(), torch.ones_like(g), g
-    m, C = 1, g.shape[-2]
-    yield m, q_decay, k_decay
+def halvings(decay: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """For m = 1, 2, ..., C / 2: the decays [..., C / 2m, 1, K] of the left and the right half of every block of 2m tokens."""
+    m, C = 1, decay.shape[-2]
     while m < C:
-        left, right = totals.unflatten(-2, (-1, 2)).exp().unbind(-2)
-        one = torch.ones_like(left)
-        q_decay = scale_halves(q_decay, m, one, left)
-        k_decay = scale_halves(k_decay, m, right, one)
-        totals = totals.unflatten(-2, (-1, 2)).sum(-2)
+        left, right = decay.unflatten(-2, (-1, 2)).split(1, -2)
+        yield m, left, right
+        decay = (left * right).squeeze(-2)
         m *= 2
-        yield m, q_decay, k_decay
-
-
-def scale_halves(x: Tensor, m: int, by_first: Tensor, by_second: Tensor) -> Tensor:
-    """Scale the two halves of every block of 2m rows of x [..., C, D], each by its own row [..., C / 2m, D]."""
-    halves = x.unflatten(-2, (-1, 2, m))
-    return (halves * torch.stack([by_first, by_second], -2)[..., None, :]).flatten(-4, -2)
 
 
 def inner(a: Tensor, b: Tensor) -> Tensor:
