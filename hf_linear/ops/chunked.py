@@ -181,7 +181,7 @@ class DecayedScores(torch.autograd.Function):
             first(k_out, m).mul_(right)
             decay = left * right
         ctx.save_for_backward(q, k, g)
-        return scores, q_in, k_out, decay.flatten(-3, -2)
+        return scores, q_in, k_out, decay.reshape_as(g[..., :1, :])
 
     @staticmethod
     def backward(ctx: Any, d_scores: Tensor, d_q_in: Tensor, d_k_out: Tensor, d_decay: Tensor) -> tuple[Tensor, Tensor, Tensor]:
