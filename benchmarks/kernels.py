@@ -1,6 +1,6 @@
 """The Triton kernels on a GPU, beside flash-linear-attention and flash SDPA where they are there, in one run.
 
-    python -m benchmarks.kernels [cold ops memory varlen crossover ...]
+    python -m benchmarks.kernels [cold ops varlen crossover ...]
 
 Figures are medians of triton.testing.do_bench. The peer tunes itself on its first call, which takes minutes: with
 TRITON_CACHE_AUTOTUNING=1 and a kept TRITON_CACHE_DIR it does so once.
@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from importlib.metadata import version
 
 import torch
 from torch import Tensor
@@ -30,7 +31,7 @@ try:
 except ImportError:
     chunk_gla = None
 
-PEER = "fla 0.6.0"
+PEER = "" if chunk_gla is None else f"fla {version('flash-linear-attention')}"
 GLA, RETENTION, NONE, PER_TOKEN = "gla", "retention", "linear_attention", "linear_attention_per_token"
 CASES = [  # B T H K V
     ((16, 2048, 4, 128, 256), GLA),

@@ -49,8 +49,9 @@ def assert_as_exact_as_chunked(inputs, d_outputs, cu_seqlens=None) -> None:
     That one computes in float32 whatever the inputs' dtype; what it returns is rounded to theirs, which is the least error that
     an operator on such inputs can have. The floor is the rounding of float32 itself, for results that come out exact there.
 
-    Four times that for the gradient of g where it is what is left of sums that nearly cancel: of products whose factors tensor
-    cores take in half precision. Eight times where the parts of all tokens end in one number a head.
+    The gradient of g is what is left of sums that nearly cancel, and does not keep to that: four times is allowed where tensor
+    cores take the factors in half precision, eight times where all tokens' parts end in one number a head. Both were set by
+    what the kernels do, not derived (docs/kernels.md, Open).
     """
     dtype = inputs[0].dtype
     exact = run(inputs, d_outputs, "chunked", torch.float64, cu_seqlens)
