@@ -7,11 +7,33 @@ and `prepare_cache` puts it in the place of the fresh original, whichever cache 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, LinearAttentionLayer, StaticCache
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+# What Transformers itself calls a cache in calls and outputs: "cache" from 5.24 on, "past_key_values" before.
+CACHE_NAME = dataclasses.fields(BaseModelOutputWithPast)[1].name
+
+
+def takes_cache_by_either_name(forward: Callable) -> Callable:
+    """Let users of any Transformers call a model with `past_key_values=` or `cache=`."""
+
+    @functools.wraps(forward)
+    def renamed(self: Any, *args: Any, **kwargs: Any) -> Any:
+        cache = kwargs.pop("cache", None)
+        if cache is not None:
+            if kwargs.get("past_key_values") is not None:
+                raise ValueError("a cache must be given once, got both past_key_values and cache: leave one out")
+            kwargs["past_key_values"] = cache
+        return forward(self, *args, **kwargs)
+
+    return renamed
 
 
 class StateLayer(LinearAttentionLayer, CacheLayerMixin):

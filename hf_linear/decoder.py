@@ -27,7 +27,7 @@ from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from hf_linear.cache import prepare_cache
+from hf_linear.cache import CACHE_NAME, prepare_cache, takes_cache_by_either_name
 from hf_linear.mixers import MIXERS
 from hf_linear.mixers.attention import Attention
 from hf_linear.mixers.hyena import HyenaFilter
@@ -49,8 +49,8 @@ class LinearConfig(PreTrainedConfig):
         layer_types: Transformers' words for the mixers; follows from `mixers`, and stands in for it when given alone.
     """
 
-    keys_to_ignore_at_inference: ClassVar = ["past_key_values"]
-    attribute_map: ClassVar = {"num_attention_heads": "num_heads", "num_key_value_heads": "num_kv_heads"}
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "cache"]
+    attribute_map: ClassVar[dict[str, str]] = {"num_attention_heads": "num_heads", "num_key_value_heads": "num_kv_heads"}
     mixer: ClassVar[str]
     presets: ClassVar[dict[str, dict[str, Any]]] = {}
     # Fields of flash-linear-attention that are none of ours, each with the one value that means what our models compute.
@@ -204,7 +204,7 @@ class DecoderLayer(GradientCheckpointingLayer):
         self.mlp = mlp(config)
 
     def forward(self, x: Tensor, **kwargs: Any) -> Tensor:
-        y, _ = self.mixer(self.mixer_norm(x), **kwargs)
+        y, _ = self.mixer(self.mixer_norm(x), past_key_values=kwargs.pop(CACHE_NAME, None), **kwargs)
         x = x + y
         return x + self.mlp(self.mlp_norm(x))
 
@@ -214,15 +214,15 @@ class LinearPreTrainedModel(PreTrainedModel):
 
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules: ClassVar = ["DecoderLayer"]
-    _skip_keys_device_placement: ClassVar = ["past_key_values"]
+    _no_split_modules: ClassVar[list[str]] = ["DecoderLayer"]
+    _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values", "cache"]
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
     _is_stateful = True
-    _can_record_outputs: ClassVar = {
+    _can_record_outputs: ClassVar[dict[str, Any]] = {
         "hidden_states": DecoderLayer,
         "attentions": OutputRecorder(Attention, index=1),
     }
@@ -256,6 +256,7 @@ class LinearModel(LinearPreTrainedModel):
         self._keep_in_fp32_modules_strict = {name for m in config.mixers or [] for name in MIXERS[m].float32_modules}
         self.post_init()
 
+    @takes_cache_by_either_name
     @merge_with_config_defaults
     @capture_outputs
     def forward(
@@ -275,7 +276,7 @@ class LinearModel(LinearPreTrainedModel):
             attention_mask: [B, past + T] with 0 on padding, or what `generate` prepared from it.
             position_ids: [B or 1, T]. Without a mask and a cache, positions that restart mean packed documents (B = 1), as
                 `DataCollatorWithFlattening` emits them; so does `cu_seq_lens_q`, their boundaries.
-            past_key_values: a cache of this model. A packed row has none.
+            past_key_values: a cache of this model; also taken as `cache`. A packed row has none.
         """
         if (input_ids is None) == (inputs_embeds is None):
             got = "neither" if input_ids is None else "both"
@@ -302,18 +303,18 @@ class LinearModel(LinearPreTrainedModel):
                 attention_mask=masks[kind],
                 position_ids=position_ids,
                 cu_seqlens=cu_seqlens,
-                past_key_values=past_key_values,
+                **{CACHE_NAME: past_key_values},
                 **kwargs,
             )
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(x), past_key_values=past_key_values)
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(x), **{CACHE_NAME: past_key_values})
 
     def make_masks(
         self, x: Tensor, attention_mask: Tensor | dict | None, position_ids: Tensor, past_key_values: Cache | None
     ) -> dict:
-        """The mask of every layer type."""
+        """The mask of every layer type, each of a size that a cache layer of that type says itself."""
         if isinstance(attention_mask, dict):
             return attention_mask
-        kinds = set(self.config.layer_types)
+        kinds = self.config.layer_types
         masks: dict[str, Tensor | None] = {}
         if "linear_attention" in kinds:
             masks["linear_attention"] = padding_mask(attention_mask, x.shape[1])
@@ -321,14 +322,15 @@ class LinearModel(LinearPreTrainedModel):
             "config": self.config,
             "inputs_embeds": x,
             "attention_mask": attention_mask,
-            "past_key_values": past_key_values,
+            CACHE_NAME: past_key_values,
             "position_ids": position_ids.expand(x.shape[0], -1),
         }
         if "full_attention" in kinds:
-            masks["full_attention"] = create_causal_mask(**arguments)
+            masks["full_attention"] = create_causal_mask(**arguments, layer_idx=kinds.index("full_attention"))
         if "sliding_attention" in kinds:
             check_window(attention_mask, past_key_values, self.config.sliding_window)
-            masks["sliding_attention"] = create_sliding_window_causal_mask(**arguments)
+            layer_idx = kinds.index("sliding_attention")
+            masks["sliding_attention"] = create_sliding_window_causal_mask(**arguments, layer_idx=layer_idx)
         return masks
 
 
@@ -466,7 +468,7 @@ def check_packed(x: Tensor, attention_mask: Tensor | dict | None, past_key_value
 class LinearForCausalLM(LinearPreTrainedModel, GenerationMixin):
     """The decoder with a language-model head."""
 
-    _tied_weights_keys: ClassVar = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "model.embed_tokens.weight"}
     model_class: ClassVar[type[LinearModel]]
 
     def __init__(self, config: LinearConfig):
@@ -475,6 +477,7 @@ class LinearForCausalLM(LinearPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
+    @takes_cache_by_either_name
     @can_return_tuple
     def forward(
         self,
@@ -506,16 +509,25 @@ class LinearForCausalLM(LinearPreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            **{CACHE_NAME: getattr(outputs, CACHE_NAME)},
         )
+
+    def create_masks_for_generate(
+        self, inputs_embeds: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, **kwargs: Any
+    ) -> dict:
+        """What `generate` prepares outside a compiled step: the masks that the model would make itself."""
+        cache = kwargs[CACHE_NAME]
+        if position_ids is None:
+            position_ids = positions(inputs_embeds, attention_mask, None, cache)
+        return self.model.make_masks(inputs_embeds, attention_mask, position_ids, cache)
 
     def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict, *args: Any, **kwargs: Any) -> None:
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
-        cache = model_kwargs.get("past_key_values")
+        cache = model_kwargs.get(CACHE_NAME)
         if cache is not None:  # before the first forward: `generate` asks it for its length
-            model_kwargs["past_key_values"] = prepare_cache(cache, [layer.mixer for layer in self.model.layers])
+            model_kwargs[CACHE_NAME] = prepare_cache(cache, [layer.mixer for layer in self.model.layers])
 
 
 class LinearForSequenceClassification(GenericForSequenceClassification):

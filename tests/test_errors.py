@@ -369,3 +369,12 @@ def test_views_of_retention(view, changes, parts):
     inputs = {name: torch.zeros(2, 6, 3, 4) for name in "qkv"} | {"g": torch.zeros(3)}
     with refuses(*parts):
         view(**(inputs | changes))
+
+
+def test_a_cache_under_both_its_names():
+    model = tiny_model("gla")
+    cache = filled(model)
+    expected = model(ids(1, 3), past_key_values=filled(model)).logits
+    assert torch.equal(model(ids(1, 3), cache=filled(model)).logits, expected)
+    with refuses("a cache must be given once", "both past_key_values and cache", "leave one out"):
+        model(ids(1, 3), past_key_values=cache, cache=cache)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from transformers import GenerationMixin
 
@@ -34,11 +34,11 @@ class GLAConfig(LinearConfig):
 
     model_type = "gla"
     mixer = "gla"
-    presets: ClassVar = {
+    presets: ClassVar[dict[str, dict[str, Any]]] = {
         "340M": {"hidden_size": 1024, "num_hidden_layers": 24, "num_heads": 4},
         "1.3B": {"hidden_size": 2048, "num_hidden_layers": 24, "num_heads": 4},
     }
-    foreign: ClassVar = {**LinearConfig.foreign, "use_gk": True, "use_gv": False}
+    foreign: ClassVar[dict[str, Any]] = {**LinearConfig.foreign, "use_gk": True, "use_gv": False}
 
     expand_k: float | int = 0.5
     expand_v: float | int = 1.0

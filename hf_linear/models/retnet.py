@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from transformers import GenerationMixin
 
@@ -35,11 +35,11 @@ class RetNetConfig(LinearConfig):
 
     model_type = "retnet"
     mixer = "retention"
-    presets: ClassVar = {
+    presets: ClassVar[dict[str, dict[str, Any]]] = {
         "340M": {"hidden_size": 1024, "num_hidden_layers": 24, "num_heads": 4},
         "1.3B": {"hidden_size": 2048, "num_hidden_layers": 24, "num_heads": 8},
     }
-    foreign: ClassVar = {**LinearConfig.foreign, "feature_map": None, "use_short_conv": False}
+    foreign: ClassVar[dict[str, Any]] = {**LinearConfig.foreign, "feature_map": None, "use_short_conv": False}
 
     num_heads: int = 8
     hidden_ratio: float | int = 2

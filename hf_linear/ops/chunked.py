@@ -14,7 +14,7 @@ Source: GLA, arXiv 2312.06635, section 4; chunks with scalar decay: Mamba-2, arX
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from typing import Any
 
@@ -69,11 +69,11 @@ class Chunks:
     def scan(self, decay: Tensor, update: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """The state that enters every chunk, [N, B, H, K, V], and the final state, from S_n+1 = decay_n S_n + update_n."""
         if not self.packed:
-            return Scan.apply(decay, update, state, None)
+            return Scan.apply(decay, update, state, None, False)
         # Where the next chunk starts a document, that document's own state takes the place of what this chunk leaves.
         fresh, starts = state[self.document, None], self.starts[:, None, None, None, None]
         reset = torch.cat([torch.where(starts[1:], fresh[1:], update[:-1]), update[-1:]])
-        entering, _ = Scan.apply(decay, reset, fresh[0], F.pad(self.starts[1:], (0, 1)))
+        entering, _ = Scan.apply(decay, reset, fresh[0], F.pad(self.starts[1:], (0, 1)), False)
         leaving = update[self.last] + decay[self.last] * entering[self.last]
         return entering, torch.where(self.empty[:, None, None, None], state, leaving[:, 0])
 
@@ -81,31 +81,34 @@ class Chunks:
 class Scan(torch.autograd.Function):
     """S_n+1 = decay_n S_n + update_n: every S_n that enters a chunk [N, ...], and the last; where cut_n, S_n+1 = update_n.
 
-    The gradient of S_n+1 runs through the same recurrence backwards, so the backward is the Function itself.
+    Reversed in time, S_n = decay_n S_n+1 + update_n: every S_n+1, and the first. Each is the gradient of the other.
     """
 
     @staticmethod
-    def forward(ctx: Any, decay: Tensor, update: Tensor, state: Tensor, cut: Tensor | None) -> tuple[Tensor, Tensor]:
-        states = torch.cat([state[None], update])
-        for n, decay_n in enumerate(decay.unbind()):
+    def forward(
+        ctx: Any, decay: Tensor, update: Tensor, state: Tensor, cut: Tensor | None, reverse: bool
+    ) -> tuple[Tensor, Tensor]:
+        N = len(decay)
+        states = torch.cat([update, state[None]] if reverse else [state[None], update])
+        for n in reversed(range(N)) if reverse else range(N):
+            known, wanted = (states[n + 1], states[n]) if reverse else (states[n], states[n + 1])
             if cut is None:
-                states[n + 1].addcmul_(decay_n, states[n])
+                wanted.addcmul_(decay[n], known)
             else:  # nothing passes from one document to the next, not even NaN
-                states[n + 1].add_((decay_n * states[n]).masked_fill(cut[n], 0.0))
-        entering, final = states[:-1], states[-1].clone()
+                wanted.add_((decay[n] * known).masked_fill(cut[n], 0.0))
+        entering, last = (states[1:], states[0]) if reverse else (states[:-1], states[-1])
+        ctx.reverse = reverse
         ctx.save_for_backward(decay, entering, cut)
-        return entering, final
+        return entering, last.clone()
 
     @staticmethod
-    def backward(ctx: Any, d_entering: Tensor, d_final: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+    def backward(ctx: Any, d_entering: Tensor, d_last: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         decay, entering, cut = ctx.saved_tensors
-        flipped_cut = None if cut is None else cut.flip(0)
-        d_update, d_state = Scan.apply(decay.flip(0), d_entering.flip(0), d_final, flipped_cut)
-        d_update = d_update.flip(0)
+        d_update, d_state = Scan.apply(decay, d_entering, d_last, cut, not ctx.reverse)
         d_decay = (d_update * entering).sum_to_size(decay.shape)
         if cut is not None:
             d_decay = d_decay.masked_fill(cut[:, None, None, None, None], 0.0)
-        return d_decay, d_update, d_state, None
+        return d_decay, d_update, d_state, None, None
 
 
 def linear_attention(
@@ -145,7 +148,9 @@ class Outputs(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, scores: Tensor, v: Tensor, q_in: Tensor, entering: Tensor) -> Tensor:
         ctx.save_for_backward(scores, v, q_in, entering)
-        return (scores @ v).add_(q_in @ entering)
+        o = scores @ v
+        o.flatten(0, -3).baddbmm_(q_in.flatten(0, -3), entering.flatten(0, -3))
+        return o
 
     @staticmethod
     def backward(ctx: Any, d_o: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -186,21 +191,28 @@ class DecayedScores(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, d_scores: Tensor, d_q_in: Tensor, d_k_out: Tensor, d_decay: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, g = ctx.saved_tensors
+        C = g.shape[-2]
         diagonal = d_scores.diagonal(dim1=-2, dim2=-1)[..., None]
         dq, dk = diagonal * k, diagonal * q
-        q_decay, k_decay = g.exp(), torch.ones_like(g)
-        for m, left, right in halvings(q_decay):
+        decay = g.exp()
+        q_decay, k_decay = decay.clone(), torch.ones_like(g)
+        # Fresh memory costs a CPU more than the arithmetic on it: a second derivative aside, two buffers serve all levels.
+        buffers = None if torch.is_grad_enabled() else g.new_empty(2, g.numel() // 2)
+        for m, left, right in halvings(decay):
+            decayed, near = (None, None) if buffers is None else buffers.unflatten(1, first(q, m).shape)
             q_second, k_first = second(q_decay, m), first(k_decay, m)
             d_block = lower_left(d_scores, m)
-            second(dq, m).addcmul_(combine(d_block, first(k, m) * k_first), q_second)
-            first(dk, m).addcmul_(combine(d_block.transpose(-1, -2), second(q, m) * q_second), k_first)
-            q_decay = torch.stack([first(q_decay, m), q_second * left], -3).flatten(-4, -2)
-            k_decay = torch.stack([k_first * right, second(k_decay, m)], -3).flatten(-4, -2)
+            earlier = torch.mul(first(k, m), k_first, out=decayed)
+            second(dq, m).addcmul_(combine(d_block, earlier, near), q_second)
+            later = torch.mul(second(q, m), q_second, out=decayed)
+            first(dk, m).addcmul_(combine(d_block.transpose(-1, -2), later, near), k_first)
+            q_decay, k_decay = decay_half(q_decay, second, m, left), decay_half(k_decay, first, m, right)
         from_k_out = d_k_out * k_decay
         dq, dk = dq.addcmul_(d_q_in, q_decay), dk.add_(from_k_out)
         # With G the running sum of g, the scores and q_in depend on G_i - G_j, k_out and the decay on G_C - G_j and G_C.
         d_end = (from_k_out * k).sum(-2, keepdim=True) + d_decay * q_decay[..., -1:, :]
-        dg = (q * dq - k * dk).flip(-2).cumsum(-2).flip(-2) + d_end
+        sum_from = torch.ones(C, C, dtype=g.dtype, device=g.device).triu()
+        dg = sum_from @ (q * dq).addcmul_(k, dk, value=-1.0) + d_end
         return dq, dk, dg
 
 
@@ -219,9 +231,23 @@ def inner(a: Tensor, b: Tensor) -> Tensor:
     return a @ b.transpose(-1, -2) if a.shape[-2] > 1 else (a * b).sum(-1, keepdim=True)
 
 
-def combine(weights: Tensor, x: Tensor) -> Tensor:
+def combine(weights: Tensor, x: Tensor, out: Tensor | None) -> Tensor:
     """sum_j weights_ij x_j; the overhead of a matrix product exceeds the work in blocks of one and two."""
-    return weights @ x if x.shape[-2] > 2 else (weights[..., None] * x[..., None, :, :]).sum(-2)
+    if x.shape[-2] > 2:
+        flat = None if out is None else out.flatten(0, -3)
+        return torch.bmm(weights.flatten(0, -3), x.flatten(0, -3), out=flat).view_as(x)
+    total = torch.mul(weights[..., :1], x[..., :1, :], out=out)
+    return total if x.shape[-2] == 1 else total.addcmul_(weights[..., 1:], x[..., 1:, :])
+
+
+def decay_half(decay: Tensor, half: Callable[[Tensor, int], Tensor], m: int, more: Tensor) -> Tensor:
+    """The decays with those of one half of every block multiplied by `more`; in place, unless autograd needs the old ones."""
+    if not torch.is_grad_enabled():
+        half(decay, m).mul_(more)
+        return decay
+    halves = [first(decay, m), second(decay, m)]
+    halves[half is second] = half(decay, m) * more
+    return torch.stack(halves, -3).flatten(-4, -2)
 
 
 def first(x: Tensor, m: int) -> Tensor:
