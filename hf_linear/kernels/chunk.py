@@ -53,7 +53,7 @@ def backward(
     dv, d_initial = v.new_empty(v.shape), run.new_state(d_final)
     do, d_final = do.contiguous(), contiguous(d_final)
     run.walk(run.v, states=states, initial=contiguous(initial_state))
-    run.walk(do, reverse=True, out=dv, states=d_states, initial=d_final, final=d_initial)
+    run.walk(do, backwards=True, out=dv, states=d_states, initial=d_final, final=d_initial)
     return *run.gradients(do, states, d_states, needs_dg), dv, d_initial
 
 
@@ -72,7 +72,7 @@ class Chunks:
         self.VP = triton.cdiv(self.V, 64) * 64
         self.common = {
             "K": self.K, "KP": self.KP, "PACKED": self.layout.packed,
-            "PRECISION": "ieee" if v.dtype == torch.float32 else "tf32",  # the latter concerns no other dtype
+            "PRECISION": "tf32x3" if v.dtype == torch.float32 else "tf32",  # the latter concerns no other dtype
         }  # fmt: skip
         chunks, H = self.layout.chunks, self.H
         self.x, self.z = v.new_empty(2, chunks, H, CHUNK.value, self.KP)
@@ -86,12 +86,12 @@ class Chunks:
             for exact in self.forms():
                 vector_kernel[(chunks, H)](
                     *tensors, strong, self.layout.table, scale, self.mild, *sizes,
-                    EXACT=exact, **self.common, **score_tile(self.KP, exact),
+                    EXACT=exact, **self.common, **score_tile(v.dtype, exact),
                 )  # fmt: skip
         else:
             scalar_kernel[(chunks, H)](
                 *tensors, self.layout.table, scale, *sizes, g.stride(1), g.stride(2),
-                **self.common, **score_tile(self.KP, False),
+                **self.common, **score_tile(v.dtype, False),
             )  # fmt: skip
 
     def forms(self) -> tuple[bool, ...]:
@@ -113,7 +113,7 @@ class Chunks:
     def walk(
         self,
         y: Tensor,
-        reverse: bool = False,
+        backwards: bool = False,
         out: Tensor | None = None,
         states: Tensor | None = None,
         initial: Tensor | None = None,
@@ -121,36 +121,37 @@ class Chunks:
     ) -> None:
         """Walk all rows in one direction, through segments where there are few of them."""
         layout, H, KP, VP = self.layout, self.H, self.KP, self.VP
-        segments, pairs = self.segments(layout.rows * H * (VP // walk_tile(KP, out is not None)["BV"]))
-        x, z = (self.z, self.x) if reverse else (self.x, self.z)
-        sizes = {**self.common, "V": self.V, "VP": VP}
+        tile = walk_tile(KP, y.dtype, out is not None)
+        segments, pairs = self.segments(layout.rows * H * (VP // tile["BV"]))
+        x, z = (self.z, self.x) if backwards else (self.x, self.z)
+        absent = self.total  # a pointer that is never followed
 
-        def launch(**kwargs) -> None:
-            given = dict.fromkeys(("out", "states", "entering", "leaving", "leaving_total", "initial", "final")) | kwargs
-            has = {name.upper(): tensor is not None for name, tensor in given.items() if name not in ("out", "leaving_total")}
-            tile = walk_tile(KP, given["out"] is not None)
+        def launch(out=None, states=None, entering=None, leaving=None, passed=None, initial=None, final=None) -> None:
+            optional = (states, entering, leaving, passed, initial, final)
+            tile = walk_tile(KP, y.dtype, out is not None)
             tiles = VP // tile["BV"] * (KP // (tile["BK"] * tile["BLOCKS"]))
             walk_kernel[(tiles, layout.rows * segments, H)](
-                x, z, y, self.scores, self.total, *given.values(), layout.table,
-                layout.T, layout.row_pairs, pairs, segments, H,
-                REVERSE=reverse, OUTPUT=given["out"] is not None, **has, **sizes, **tile,
+                x, z, y, self.scores, self.total, y if out is None else out, x if states is None else states,
+                *(absent if tensor is None else tensor for tensor in optional[1:]), layout.table,
+                layout.T, layout.row_pairs, pairs, segments, H, int(backwards), *(int(t is not None) for t in optional),
+                OUTPUT=out is not None, TRANSPOSED=backwards and out is not None, V=self.V, VP=VP, **self.common, **tile,
             )  # fmt: skip
 
         if segments == 1 and not layout.packed:
-            launch(out=out, states=states, initial=initial, final=final)
+            launch(out=out, states=states, entering=initial, leaving=final)
             return
-        entering = y.new_empty(layout.rows * segments, H, VP, KP, dtype=torch.float32)
+        between = y.new_empty(layout.rows * segments, H, self.K, self.V, dtype=torch.float32)
         passed = y.new_empty(layout.rows * segments, H, KP, dtype=torch.float32)
-        launch(leaving=entering, leaving_total=passed, initial=initial if layout.packed else None)
-        across = {"initial": None, "final": None} if layout.packed else {"initial": initial, "final": final}
-        block = {"BK": 64, "BV": 32}
-        scan_kernel[(VP // block["BV"], KP // block["BK"], layout.rows * H)](
-            entering, passed, *across.values(), segments, H, REVERSE=reverse,
-            INITIAL=across["initial"] is not None, FINAL=across["final"] is not None,
-            K=self.K, KP=KP, V=self.V, VP=VP, **block,
+        documents = {"initial": initial, "final": final}
+        rows = {"initial": None, "final": None}
+        if not layout.packed:
+            documents, rows = rows, documents
+        launch(leaving=between, passed=passed, initial=documents["initial"])
+        scan_kernel[(VP // SCAN_TILE["BV"], KP // SCAN_TILE["BK"], layout.rows * H)](
+            between, passed, *(absent if tensor is None else tensor for tensor in rows.values()), segments, H, int(backwards),
+            *(int(tensor is not None) for tensor in rows.values()), K=self.K, KP=KP, V=self.V, **SCAN_TILE,
         )  # fmt: skip
-        within = {"initial": initial, "final": final} if layout.packed else {}
-        launch(out=out, states=states, entering=entering, **within)
+        launch(out=out, states=states, entering=between, **documents)
 
     def segments(self, programs: int) -> tuple[int, int]:
         """How many segments a row is cut into, and the pairs of chunks in each.
@@ -164,20 +165,20 @@ class Chunks:
         return triton.cdiv(self.layout.row_pairs, pairs), pairs
 
     def gradients(self, do: Tensor, states: Tensor, d_states: Tensor, needs_dg: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-        layout, H, g = self.layout, self.H, self.g
+        layout, H, g, tile = self.layout, self.H, self.g, gradient_tile(self.v.dtype)
         dq, dk, dg = self.q.new_empty(self.q.shape), self.k.new_empty(self.k.shape), None
         if needs_dg:
             dg = (
                 g.new_empty(g.shape)
                 if self.vector
-                else g.new_empty(self.KP // GRADIENT_TILE["BK"], *g.shape, dtype=torch.float32)
+                else g.new_empty(self.KP // tile["BK"], *g.shape, dtype=torch.float32)
             )
         strides = (0, 0) if self.vector else (g.stride(1), g.stride(2))
         for exact in self.forms() if self.vector else (False,):
-            gradient_kernel[(self.KP // GRADIENT_TILE["BK"], layout.rows * layout.row_pairs, H)](
+            gradient_kernel[(self.KP // tile["BK"], layout.rows * layout.row_pairs, H)](
                 self.q, self.k, self.v, do, g, self.total, states, d_states, dq, dk, dg, layout.table,
                 self.scale, self.mild, layout.T, layout.row_pairs, H, self.tokens, *strides,
-                V=self.V, VP=self.VP, VECTOR=self.vector, EXACT=exact, DG=needs_dg, **self.common, **GRADIENT_TILE,
+                V=self.V, VP=self.VP, VECTOR=self.vector, EXACT=exact, DG=needs_dg, **self.common, **tile,
             )  # fmt: skip
         if dg is not None and not self.vector:
             dg = dg.sum(0).to(g.dtype)
@@ -188,18 +189,27 @@ def contiguous(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.contiguous()
 
 
-def score_tile(KP: int, exact: bool) -> dict[str, int]:
-    return {"BK": 32 if exact else 64, "num_warps": 4}
+# Products of float32 take three of tf32, and their factors twice the memory: smaller tiles.
+def score_tile(dtype: torch.dtype, exact: bool) -> dict[str, int]:
+    single = dtype == torch.float32
+    return {"BK": 32 if exact or single else 64, "num_warps": 8 if exact and single else 4}
 
 
-def walk_tile(KP: int, output: bool) -> dict[str, int]:
-    BK = min(KP, 128)
+def walk_tile(KP: int, dtype: torch.dtype, output: bool) -> dict[str, int]:
+    BK, single = min(KP, 128), dtype == torch.float32
     if not output:
-        return {"BK": BK, "BLOCKS": 1, "BV": 64, "num_warps": 4, "num_stages": 3}
-    return {"BK": BK, "BLOCKS": KP // BK, "BV": 64 if KP <= 128 else 32, "num_warps": 4, "num_stages": 2}
+        return {"BK": BK, "BLOCKS": 1, "BV": 32 if single else 64, "num_warps": 4, "num_stages": 1 if single else 3}
+    BV = 32 if KP > 128 or single else 64
+    return {"BK": BK, "BLOCKS": KP // BK, "BV": BV, "num_warps": 4, "num_stages": 1 if single else 2}
 
 
-GRADIENT_TILE = {"BK": 64, "BV": 64, "num_warps": 8, "num_stages": 3}
+def gradient_tile(dtype: torch.dtype) -> dict[str, int]:
+    if dtype == torch.float32:
+        return {"BK": 32, "BV": 32, "num_warps": 8, "num_stages": 1}
+    return {"BK": 64, "BV": 64, "num_warps": 8, "num_stages": 3}
+
+
+SCAN_TILE = {"BK": 64, "BV": 32}
 
 
 @functools.cache

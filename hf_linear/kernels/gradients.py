@@ -68,7 +68,7 @@ def gradient_kernel(
             to_end = tl.zeros_like(to_start)
             dq_near = tl.zeros((PAIR, BK), tl.float32)
             dk_near = tl.zeros((PAIR, BK), tl.float32)
-            for level in tl.static_range(7):
+            for level in range(7):
                 second, decay, later, earlier = across(q_, k_, to_start, to_end, level, dtype)
                 meets = (row >> (level + 1) == col >> (level + 1)) & second & ((col >> level) % 2 == 0)
                 block = tl.where(meets, da, 0.0).to(dtype)
@@ -108,7 +108,7 @@ def gradient_kernel(
             # The same four parts; a sum over masks where a running sum less its own term would cancel.
             left = tl.sum(k_ * dk_, 1)
             dg_ = tl.sum(tl.where(row > col, left[None, :], 0.0), 1) + tl.sum(d_decay * tl.exp(whole), 0)
-            if PRECISION == "ieee":
+            if PRECISION == "tf32x3":
                 pairs = tl.dot(q_, tl.trans(k_), input_precision=PRECISION) * block
                 across_t = tl.where(row > col, tl.cumsum(pairs, 0, reverse=True), 0.0)
                 dg_ += tl.cumsum(tl.sum(q_ * dq_far, 1), 0, reverse=True) + tl.sum(across_t, 1)

@@ -25,7 +25,7 @@ MILD = {torch.bfloat16: 60.0, torch.float16: 8.0, torch.float32: 0.0}
 
 
 @triton.jit
-def across(q, k, to_start, to_end, level: tl.constexpr, dtype: tl.constexpr):
+def across(q, k, to_start, to_end, level, dtype: tl.constexpr):
     """Queries of second halves and keys of first halves of blocks of 2m rows, m = 2^level, decayed to their boundaries."""
     second = (tl.arange(0, to_start.shape[0])[:, None] >> level) % 2 == 1
     decay = tl.exp(tl.where(second, to_start, to_end))
@@ -35,19 +35,11 @@ def across(q, k, to_start, to_end, level: tl.constexpr, dtype: tl.constexpr):
 
 
 @triton.jit
-def widen(to_start, to_end, second, level: tl.constexpr):
+def widen(to_start, to_end, second, level):
     """From blocks of m rows, m = 2^level, to blocks of 2m: sums of g from the block's start through a row, and from behind it
-    to the end.
-
-    The two add up to the block's total, which the partner half needs. It is handed over as the sum of both halves' bits less
-    one's own: integers wrap around, so that nothing is rounded.
-    """
-    C: tl.constexpr = to_start.shape[0]
-    D: tl.constexpr = to_start.shape[1]
-    m: tl.constexpr = 1 << level
-    total = (to_start + to_end).to(tl.int32, bitcast=True)
-    halves = tl.reshape(total, (C // (2 * m), 2, m, D))
-    partner = tl.reshape(tl.sum(halves, 1, keep_dims=True) - halves, (C, D)).to(tl.float32, bitcast=True)
+    to the end. The two add up to the block's total, which the partner half needs."""
+    row = tl.arange(0, to_start.shape[0])[:, None] + tl.zeros_like(to_start).to(tl.int32)
+    partner = tl.gather(to_start + to_end, row ^ (1 << level), 0)
     return to_start + tl.where(second, partner, 0.0), to_end + tl.where(second, 0.0, partner)
 
 
@@ -81,7 +73,7 @@ def vector_kernel(
         if EXACT:
             to_start, to_end = g_, tl.zeros_like(g_)
             acc += tl.where(row == col, tl.dot(q_.to(dtype), tl.trans(k_.to(dtype)), input_precision=PRECISION), 0.0)
-            for level in tl.static_range(6):
+            for level in range(6):
                 second, _, later, earlier = across(q_, k_, to_start, to_end, level, dtype)
                 block = tl.dot(later, tl.trans(earlier), input_precision=PRECISION)
                 acc += tl.where(row >> (level + 1) == col >> (level + 1), block, 0.0)

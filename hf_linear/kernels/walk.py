@@ -17,9 +17,9 @@ from hf_linear.kernels.layout import CHUNK, FIELDS, locate
 
 
 @triton.jit
-def load_state(base, v_, c, K: tl.constexpr, V: tl.constexpr):
-    """S^T [BV, BK] from a state [K, V] as users hold it."""
-    return tl.load(base + v_[:, None] + c[None, :] * V, (v_ < V)[:, None] & (c < K)[None, :], 0.0)
+def load_state(base, v_, c, has, K: tl.constexpr, V: tl.constexpr):
+    """S^T [BV, BK] from a state [K, V] as users hold it; zeros where there is none."""
+    return tl.load(base + v_[:, None] + c[None, :] * V, (v_ < V)[:, None] & (c < K)[None, :] & (has != 0), 0.0)
 
 
 @triton.jit
@@ -27,19 +27,27 @@ def store_state(base, state, v_, c, K: tl.constexpr, V: tl.constexpr):
     tl.store(base + v_[:, None] + c[None, :] * V, state, (v_ < V)[:, None] & (c < K)[None, :])
 
 
-@triton.jit(do_not_specialize=["T", "row_pairs", "segment_pairs", "segments", "H"])
+# What is there to read and to write is known at run time only: a constant would make a kernel of its own of every combination.
+RUN_TIME = (
+    "T", "row_pairs", "segment_pairs", "segments", "H", "backwards", "has_states", "has_entering", "has_leaving", "has_passed",
+    "has_initial", "has_final",
+)  # fmt: skip
+
+
+@triton.jit(do_not_specialize=RUN_TIME)
 def walk_kernel(
-    x, z, y, scores, total, out, states, entering, leaving, leaving_total, initial, final, table,
+    x, z, y, scores, total, out, states, entering, leaving, passed, initial, final, table,
     T, row_pairs, segment_pairs, segments, H,
+    backwards, has_states, has_entering, has_leaving, has_passed, has_initial, has_final,
     K: tl.constexpr, KP: tl.constexpr, V: tl.constexpr, VP: tl.constexpr,
     BK: tl.constexpr, BLOCKS: tl.constexpr, BV: tl.constexpr,
-    PACKED: tl.constexpr, REVERSE: tl.constexpr, OUTPUT: tl.constexpr, STATES: tl.constexpr, ENTERING: tl.constexpr,
-    LEAVING: tl.constexpr, INITIAL: tl.constexpr, FINAL: tl.constexpr, PRECISION: tl.constexpr,
+    PACKED: tl.constexpr, OUTPUT: tl.constexpr, TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program: a tile of the state, a segment of a row's chunks, a head.
 
-    Outputs sum over all of K, so there the tile's one or two blocks of BK channels cover it. States that are ours alone are
-    [VP, KP], padded.
+    entering, leaving: the state before and after a segment; initial, final: of the documents of a packed row; passed: the
+    segment's total decay. Outputs sum over all of K, so there the tile's one or two blocks of BK channels cover it.
+    TRANSPOSED: A is. `states`, which are ours alone, are [VP, KP], padded.
     """
     segment, h = tl.program_id(1), tl.program_id(2)
     row = segment // segments
@@ -54,24 +62,17 @@ def walk_kernel(
     i = tl.arange(0, CHUNK)
     dtype = scores.dtype.element_ty
 
-    s0 = tl.zeros((BV, BK), tl.float32)
-    s1 = tl.zeros((BV, BK), tl.float32)
-    at_segment = (segment * H + h).to(tl.int64) * (KP * VP)
-    if ENTERING:
-        s0 = tl.load(entering + at_segment + own0)
-        if BLOCKS == 2:
-            s1 = tl.load(entering + at_segment + own1)
-    elif INITIAL and not PACKED:
-        at_row = initial + (row * H + h).to(tl.int64) * (K * V)
-        s0 = load_state(at_row, v_, c0, K, V)
-        if BLOCKS == 2:
-            s1 = load_state(at_row, v_, c1, K, V)
+    at_segment = (segment * H + h).to(tl.int64) * (K * V)
+    s0 = load_state(entering + at_segment, v_, c0, has_entering, K, V)
+    s1 = s0
+    if BLOCKS == 2:
+        s1 = load_state(entering + at_segment, v_, c1, has_entering, K, V)
     passed0 = tl.zeros((BK,), tl.float32)
     passed1 = tl.zeros((BK,), tl.float32)
 
     steps = 2 * (to_pair - from_pair)
-    chunk = 2 * (row * row_pairs + to_pair) - 1 if REVERSE else 2 * (row * row_pairs + from_pair)
-    ahead: tl.constexpr = -1 if REVERSE else 1
+    chunk = 2 * (row * row_pairs + from_pair) + backwards * (steps - 1)
+    ahead = 1 - 2 * backwards
     # The pipeliner fetches ahead only what feeds a product; the decays are fetched a step ahead by hand.
     next0 = tl.load(total + (chunk * H + h).to(tl.int64) * KP + c0)
     next1 = next0
@@ -84,23 +85,18 @@ def walk_kernel(
             document = tl.load(table + (chunk // 2) * FIELDS + 2)
             place = tl.load(table + (chunk // 2) * FIELDS + 3)
             at_document = (document * H + h).to(tl.int64) * (K * V)
-            begins = (chunk % 2 == 1) & (place >= 2) if REVERSE else (chunk % 2 == 0) & (place % 2 == 1)
-            if begins:
+            first, last = (chunk % 2 == 0) & (place % 2 == 1), (chunk % 2 == 1) & (place >= 2)
+            if (first & (backwards == 0)) | (last & (backwards != 0)):
                 passed0 = tl.full((BK,), float("-inf"), tl.float32)
                 passed1 = passed0
-                if INITIAL:
-                    s0 = load_state(initial + at_document, v_, c0, K, V)
-                    if BLOCKS == 2:
-                        s1 = load_state(initial + at_document, v_, c1, K, V)
-                else:
-                    s0 = tl.zeros((BV, BK), tl.float32)
-                    s1 = tl.zeros((BV, BK), tl.float32)
-        if STATES:
-            if (chunk % 2 == 1) == REVERSE:
-                to = states + (chunk // 2 * H + h).to(tl.int64) * (KP * VP)
-                tl.store(to + own0, s0.to(dtype))
+                s0 = load_state(initial + at_document, v_, c0, has_initial, K, V)
                 if BLOCKS == 2:
-                    tl.store(to + own1, s1.to(dtype))
+                    s1 = load_state(initial + at_document, v_, c1, has_initial, K, V)
+        if (has_states != 0) & (chunk % 2 == backwards):
+            to = states + (chunk // 2 * H + h).to(tl.int64) * (KP * VP)
+            tl.store(to + own0, s0.to(dtype))
+            if BLOCKS == 2:
+                tl.store(to + own1, s1.to(dtype))
 
         total0, total1 = next0, next1
         following = ((chunk + tl.where(step + 1 < steps, ahead, 0)) * H + h).to(tl.int64) * KP
@@ -115,7 +111,7 @@ def walk_kernel(
             if BLOCKS == 2:
                 o_t = tl.dot(s1.to(dtype), tl.load(x_at + c1[:, None]), o_t, input_precision=PRECISION)
             a_at = scores + at_chunk * (CHUNK * CHUNK)
-            if REVERSE:
+            if TRANSPOSED:
                 a = tl.load(a_at + i[:, None] * CHUNK + i[None, :])
             else:
                 a = tl.load(a_at + i[:, None] + i[None, :] * CHUNK)
@@ -123,53 +119,43 @@ def walk_kernel(
             tl.store(out + token_v, o_t.to(out.dtype.element_ty), (i < length)[None, :] & (v_ < V)[:, None])
         z_at = z + at_chunk * (CHUNK * KP) + i[:, None] * KP
         s0 = tl.dot(y_t, tl.load(z_at + c0[None, :]), s0 * tl.exp(total0)[None, :], input_precision=PRECISION)
+        passed0 += total0
         if BLOCKS == 2:
             s1 = tl.dot(y_t, tl.load(z_at + c1[None, :]), s1 * tl.exp(total1)[None, :], input_precision=PRECISION)
-        if LEAVING:
-            passed0 += total0
-            if BLOCKS == 2:
-                passed1 += total1
-        if PACKED and FINAL:
-            ends = (chunk % 2 == 0) & (place % 2 == 1) if REVERSE else (chunk % 2 == 1) & (place >= 2)
-            if ends:
+            passed1 += total1
+        if PACKED:
+            if (has_final != 0) & ((last & (backwards == 0)) | (first & (backwards != 0))):
                 store_state(final + at_document, s0, v_, c0, K, V)
                 if BLOCKS == 2:
                     store_state(final + at_document, s1, v_, c1, K, V)
         chunk += ahead
 
-    if LEAVING:
-        tl.store(leaving + at_segment + own0, s0)
-        tl.store(leaving_total + (segment * H + h) * KP + c0, passed0, mask=(c0 >= 0) & (v_tile == 0))
+    if has_leaving != 0:
+        store_state(leaving + at_segment, s0, v_, c0, K, V)
         if BLOCKS == 2:
-            tl.store(leaving + at_segment + own1, s1)
-            tl.store(leaving_total + (segment * H + h) * KP + c1, passed1, mask=(c1 >= 0) & (v_tile == 0))
-    if FINAL and not PACKED:
-        at_row = final + (row * H + h).to(tl.int64) * (K * V)
-        store_state(at_row, s0, v_, c0, K, V)
+            store_state(leaving + at_segment, s1, v_, c1, K, V)
+    if (has_passed != 0) & (v_tile == 0):
+        tl.store(passed + (segment * H + h) * KP + c0, passed0)
         if BLOCKS == 2:
-            store_state(at_row, s1, v_, c1, K, V)
+            tl.store(passed + (segment * H + h) * KP + c1, passed1)
 
 
-@triton.jit(do_not_specialize=["segments", "H"])
+@triton.jit(do_not_specialize=["segments", "H", "backwards", "has_initial", "has_final"])
 def scan_kernel(
-    local, total, initial, final, segments, H,
-    K: tl.constexpr, KP: tl.constexpr, V: tl.constexpr, VP: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    REVERSE: tl.constexpr, INITIAL: tl.constexpr, FINAL: tl.constexpr,
+    local, total, initial, final, segments, H, backwards, has_initial, has_final,
+    K: tl.constexpr, KP: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     """From what each segment adds to the state, in place, the state that enters it."""
     row, h = tl.program_id(2) // H, tl.program_id(2) % H
     v_ = tl.program_id(0) * BV + tl.arange(0, BV)
     c = tl.program_id(1) * BK + tl.arange(0, BK)
     at_row = (row * H + h).to(tl.int64) * (K * V)
-    if INITIAL:
-        state = load_state(initial + at_row, v_, c, K, V)
-    else:
-        state = tl.zeros((BV, BK), tl.float32)
+    state = load_state(initial + at_row, v_, c, has_initial, K, V)
     for step in range(segments):
-        segment = row * segments + (segments - 1 - step if REVERSE else step)
-        at = local + (segment * H + h).to(tl.int64) * (KP * VP) + v_[:, None] * KP + c[None, :]
-        added = tl.load(at)
-        tl.store(at, state)
+        segment = row * segments + step + backwards * (segments - 1 - 2 * step)
+        at = local + (segment * H + h).to(tl.int64) * (K * V)
+        added = load_state(at, v_, c, 1, K, V)
+        store_state(at, state, v_, c, K, V)
         state = tl.exp(tl.load(total + (segment * H + h) * KP + c))[None, :] * state + added
-    if FINAL:
+    if has_final != 0:
         store_state(final + at_row, state, v_, c, K, V)
