@@ -1,38 +1,48 @@
-"""The chunk kernels as PyTorch operators: differentiable once, and one node each of a compiled graph."""
+"""The chunk kernels as PyTorch operators: differentiable once, and one node each of a compiled graph.
 
-from typing import Optional
+Defined by their schemas: `torch.library.custom_op` checks every result for aliasing, which takes longer than the kernels.
+"""
 
 import torch
 from torch import Tensor
 
 from hf_linear.kernels import chunk
 
+FORWARD, BACKWARD = "hf_linear::chunk_attention", "hf_linear::chunk_attention_backward"
+INPUTS = "Tensor q, Tensor k, Tensor v, Tensor g, float scale, Tensor? initial_state, Tensor? cu_seqlens"
+torch.library.define(FORWARD, f"({INPUTS}) -> (Tensor, Tensor)")
+torch.library.define(
+    BACKWARD, f"(Tensor do, Tensor? d_final, {INPUTS}, bool needs_dg) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+chunk_attention = torch.ops.hf_linear.chunk_attention
+chunk_attention_backward = torch.ops.hf_linear.chunk_attention_backward
 
-@torch.library.custom_op("hf_linear::chunk_attention", mutates_args=())
-def chunk_attention(
+
+@torch.library.impl(FORWARD, ("cpu", "cuda"))
+def _(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     g: Tensor,
     scale: float,
-    initial_state: Optional[Tensor],  # noqa: UP045  (the schema is read from the annotation)
-    cu_seqlens: Optional[Tensor],  # noqa: UP045
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """o [B, T, H, V] and the final state [N, H, K, V] float32, from q, k and v of one dtype and a float32 g."""
     return chunk.forward(q, k, v, g, scale, initial_state, cu_seqlens)
 
 
-@torch.library.custom_op("hf_linear::chunk_attention_backward", mutates_args=())
-def chunk_attention_backward(
+@torch.library.impl(BACKWARD, ("cpu", "cuda"))
+def _(
     do: Tensor,
-    d_final: Optional[Tensor],  # noqa: UP045
+    d_final: Tensor | None,
     q: Tensor,
     k: Tensor,
     v: Tensor,
     g: Tensor,
     scale: float,
-    initial_state: Optional[Tensor],  # noqa: UP045
-    cu_seqlens: Optional[Tensor],  # noqa: UP045
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
     needs_dg: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients of q, k, v, g (empty unless needed) and the initial state."""
@@ -40,12 +50,12 @@ def chunk_attention_backward(
     return dq, dk, dv, g.new_empty(0) if dg is None else dg, d_initial
 
 
-@chunk_attention.register_fake
+@torch.library.register_fake(FORWARD)
 def _(q, k, v, g, scale, initial_state, cu_seqlens):
     return empty(v), state_like(q, v, cu_seqlens)
 
 
-@chunk_attention_backward.register_fake
+@torch.library.register_fake(BACKWARD)
 def _(do, d_final, q, k, v, g, scale, initial_state, cu_seqlens, needs_dg):
     return empty(q), empty(k), empty(v), empty(g) if needs_dg else g.new_empty(0), state_like(q, v, cu_seqlens)
 
@@ -75,4 +85,4 @@ def backward(ctx, do: Tensor | None, d_final: Tensor | None):
     return dq, dk, dv, dg if needs_dg else None, None, d_initial if ctx.needs_input_grad[5] else None, None
 
 
-chunk_attention.register_autograd(backward, setup_context=setup_context)
+torch.library.register_autograd(FORWARD, backward, setup_context=setup_context)

@@ -149,7 +149,7 @@ class Chunks:
         launch(leaving=between, passed=passed, initial=documents["initial"])
         scan_kernel[(VP // SCAN_TILE["BV"], KP // SCAN_TILE["BK"], layout.rows * H)](
             between, passed, *(absent if tensor is None else tensor for tensor in rows.values()), segments, H, int(backwards),
-            *(int(tensor is not None) for tensor in rows.values()), K=self.K, KP=KP, V=self.V, **SCAN_TILE,
+            *(int(tensor is not None) for tensor in rows.values()), K=self.K, KP=KP, V=self.V, PRECISION=self.common["PRECISION"], **SCAN_TILE,
         )  # fmt: skip
         launch(out=out, states=states, entering=between, **documents)
 
@@ -168,11 +168,7 @@ class Chunks:
         layout, H, g, tile = self.layout, self.H, self.g, gradient_tile(self.v.dtype)
         dq, dk, dg = self.q.new_empty(self.q.shape), self.k.new_empty(self.k.shape), None
         if needs_dg:
-            dg = (
-                g.new_empty(g.shape)
-                if self.vector
-                else g.new_empty(self.KP // tile["BK"], *g.shape, dtype=torch.float32)
-            )
+            dg = g.new_empty(g.shape) if self.vector else g.new_empty(self.KP // tile["BK"], *g.shape, dtype=torch.float32)
         strides = (0, 0) if self.vector else (g.stride(1), g.stride(2))
         for exact in self.forms() if self.vector else (False,):
             gradient_kernel[(self.KP // tile["BK"], layout.rows * layout.row_pairs, H)](

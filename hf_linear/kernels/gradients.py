@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from hf_linear.kernels.layout import PAIR, locate
+from hf_linear.kernels.layout import PAIR, exp, locate
 from hf_linear.kernels.scores import across, scalar_decays, widen
 
 
@@ -69,25 +69,25 @@ def gradient_kernel(
             dq_near = tl.zeros((PAIR, BK), tl.float32)
             dk_near = tl.zeros((PAIR, BK), tl.float32)
             for level in range(7):
-                second, decay, later, earlier = across(q_, k_, to_start, to_end, level, dtype)
+                second, decay, later, earlier = across(q_, k_, to_start, to_end, level, dtype, PRECISION)
                 meets = (row >> (level + 1) == col >> (level + 1)) & second & ((col >> level) % 2 == 0)
                 block = tl.where(meets, da, 0.0).to(dtype)
                 dq_near += tl.dot(block, earlier, input_precision=PRECISION) * decay
                 dk_near += tl.dot(tl.trans(block), later, input_precision=PRECISION) * decay
                 to_start, to_end = widen(to_start, to_end, second, level)
-            dq_ = dq_ * (tl.exp(to_start) * scale) + dq_near
-            dk_ *= tl.exp(to_end)
+            dq_ = dq_ * (exp(to_start, PRECISION) * scale) + dq_near
+            dk_ *= exp(to_end, PRECISION)
         else:
             to_start = tl.cumsum(to_start, 0)
-            decay, growth = tl.exp(to_start), tl.exp(-to_start)
+            decay, growth = exp(to_start, PRECISION), exp(-to_start, PRECISION)
             block = da.to(dtype)
             dq_ = tl.dot(block, (k_ * growth).to(dtype), dq_ * scale, input_precision=PRECISION) * decay
             dk_near = tl.dot(tl.trans(block), (q_ * decay).to(dtype), input_precision=PRECISION) * growth
-            dk_ *= tl.exp(whole)[None, :] * growth
+            dk_ *= exp(whole, PRECISION)[None, :] * growth
         if DG:
             # g_t decays what a later token reads from an earlier one or from the state before, what earlier tokens leave in
             # the state, and the state itself. A token's score with itself does not depend on g.
-            left, leaving = k_ * dk_, d_decay * tl.exp(whole)
+            left, leaving = k_ * dk_, d_decay * exp(whole, PRECISION)
             read = q_ * dq_ - k_ * dk_near
             if EXACT:
                 dg_ = tl.cumsum(read, 0, reverse=True) + (tl.cumsum(left, 0) - left) + leaving[None, :]
@@ -98,16 +98,16 @@ def gradient_kernel(
             tl.store(dg + at, dg_.to(dg.dtype.element_ty), inside)
         dk_ += dk_near
     else:
-        between, to_start, to_end, _ = scalar_decays(g, start, length, h, token_stride, head_stride, PAIR)
+        between, to_start, to_end, _ = scalar_decays(g, start, length, h, token_stride, head_stride, PAIR, PRECISION)
         block = (tl.where(row > col, da * between, 0.0) * scale).to(dtype)
-        dq_far = dq_ * (tl.exp(to_start) * scale)[:, None]
+        dq_far = dq_ * (exp(to_start, PRECISION) * scale)[:, None]
         dq_ = tl.dot(block, k_.to(dtype), dq_far, input_precision=PRECISION)
-        dk_ *= tl.exp(to_end)[:, None]
+        dk_ *= exp(to_end, PRECISION)[:, None]
         dk_near = tl.dot(tl.trans(block), q_.to(dtype), input_precision=PRECISION)
         if DG:
             # The same four parts; a sum over masks where a running sum less its own term would cancel.
             left = tl.sum(k_ * dk_, 1)
-            dg_ = tl.sum(tl.where(row > col, left[None, :], 0.0), 1) + tl.sum(d_decay * tl.exp(whole), 0)
+            dg_ = tl.sum(tl.where(row > col, left[None, :], 0.0), 1) + tl.sum(d_decay * exp(whole, PRECISION), 0)
             if PRECISION == "tf32x3":
                 pairs = tl.dot(q_, tl.trans(k_), input_precision=PRECISION) * block
                 across_t = tl.where(row > col, tl.cumsum(pairs, 0, reverse=True), 0.0)

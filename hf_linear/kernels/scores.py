@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from hf_linear.kernels.layout import CHUNK, locate
+from hf_linear.kernels.layout import CHUNK, exp, locate
 
 # exp(MILD) is far from the largest number of the dtype, and 1 / exp(MILD) far from the smallest. In float32 a difference of
 # running sums would be the largest error there is: always exact.
@@ -25,10 +25,10 @@ MILD = {torch.bfloat16: 60.0, torch.float16: 8.0, torch.float32: 0.0}
 
 
 @triton.jit
-def across(q, k, to_start, to_end, level, dtype: tl.constexpr):
+def across(q, k, to_start, to_end, level, dtype: tl.constexpr, PRECISION: tl.constexpr):
     """Queries of second halves and keys of first halves of blocks of 2m rows, m = 2^level, decayed to their boundaries."""
     second = (tl.arange(0, to_start.shape[0])[:, None] >> level) % 2 == 1
-    decay = tl.exp(tl.where(second, to_start, to_end))
+    decay = exp(tl.where(second, to_start, to_end), PRECISION)
     later = tl.where(second, q * decay, 0.0).to(dtype)
     earlier = tl.where(second, 0.0, k * decay).to(dtype)
     return second, decay, later, earlier
@@ -74,21 +74,21 @@ def vector_kernel(
             to_start, to_end = g_, tl.zeros_like(g_)
             acc += tl.where(row == col, tl.dot(q_.to(dtype), tl.trans(k_.to(dtype)), input_precision=PRECISION), 0.0)
             for level in range(6):
-                second, _, later, earlier = across(q_, k_, to_start, to_end, level, dtype)
+                second, _, later, earlier = across(q_, k_, to_start, to_end, level, dtype, PRECISION)
                 block = tl.dot(later, tl.trans(earlier), input_precision=PRECISION)
                 acc += tl.where(row >> (level + 1) == col >> (level + 1), block, 0.0)
                 to_start, to_end = widen(to_start, to_end, second, level)
             whole = tl.sum(tl.where(row == 0, to_start + to_end, 0.0), 0)
-            x_ = q_ * tl.exp(to_start)
-            z_ = k_ * tl.exp(to_end)
+            x_ = q_ * exp(to_start, PRECISION)
+            z_ = k_ * exp(to_end, PRECISION)
         else:
             to_start = tl.cumsum(g_, 0)
             whole = tl.sum(g_, 0)
             strongest = tl.minimum(strongest, tl.min(whole, 0))
-            x_ = q_ * tl.exp(to_start)
-            undecayed = (k_ * tl.exp(-to_start)).to(dtype)
+            x_ = q_ * exp(to_start, PRECISION)
+            undecayed = (k_ * exp(-to_start, PRECISION)).to(dtype)
             acc = tl.dot(x_.to(dtype), tl.trans(undecayed), acc, input_precision=PRECISION)
-            z_ = k_ * tl.exp(whole[None, :] - to_start)
+            z_ = k_ * exp(whole[None, :] - to_start, PRECISION)
         to = (at_chunk * CHUNK + row) * KP + c[None, :]
         tl.store(x + to, (x_ * scale).to(dtype))
         tl.store(z + to, z_.to(dtype))
@@ -100,14 +100,14 @@ def vector_kernel(
 
 
 @triton.jit
-def scalar_decays(g, start, length, h, token_stride, head_stride, C: tl.constexpr):
+def scalar_decays(g, start, length, h, token_stride, head_stride, C: tl.constexpr, PRECISION: tl.constexpr):
     """exp(sum of g over (j, i]), [C, C] (1 above the diagonal), and the sums through i, behind i, and over the chunk."""
     i = tl.arange(0, C)
     at = g + h * head_stride + (start + i) * token_stride
     own = tl.load(at, i < length, 0.0).to(tl.float32)
     following = tl.load(at + token_stride, i + 1 < length, 0.0).to(tl.float32)
     between = tl.cumsum(tl.where(i[:, None] > i[None, :], own[:, None], 0.0), 0)
-    return tl.exp(between), tl.cumsum(own, 0), tl.cumsum(following, 0, reverse=True), tl.sum(own, 0)
+    return exp(between, PRECISION), tl.cumsum(own, 0), tl.cumsum(following, 0, reverse=True), tl.sum(own, 0)
 
 
 @triton.jit(do_not_specialize=["T", "row_pairs", "H", "token_stride", "head_stride"])
@@ -122,7 +122,7 @@ def scalar_kernel(
     i = tl.arange(0, CHUNK)
     row, col = i[:, None], i[None, :]
     dtype = scores.dtype.element_ty
-    between, to_start, to_end, whole = scalar_decays(g, start, length, h, token_stride, head_stride, CHUNK)
+    between, to_start, to_end, whole = scalar_decays(g, start, length, h, token_stride, head_stride, CHUNK, PRECISION)
     acc = tl.zeros((CHUNK, CHUNK), tl.float32)
     for c0 in range(0, KP, BK):
         c = c0 + tl.arange(0, BK)
@@ -132,8 +132,8 @@ def scalar_kernel(
         k_ = tl.load(k + at, inside, 0.0)
         acc = tl.dot(q_.to(dtype), tl.trans(k_.to(dtype)), acc, input_precision=PRECISION)
         to = (at_chunk * CHUNK + row) * KP + c[None, :]
-        tl.store(x + to, (q_ * (tl.exp(to_start) * scale)[:, None]).to(dtype))
-        tl.store(z + to, (k_ * tl.exp(to_end)[:, None]).to(dtype))
+        tl.store(x + to, (q_ * (exp(to_start, PRECISION) * scale)[:, None]).to(dtype))
+        tl.store(z + to, (k_ * exp(to_end, PRECISION)[:, None]).to(dtype))
         tl.store(total + at_chunk * KP + c, whole + tl.zeros((BK,), tl.float32))
     acc = tl.where(row >= col, acc * between, 0.0) * scale
     tl.store(scores + (at_chunk * CHUNK + row) * CHUNK + col, acc.to(dtype))

@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from hf_linear.kernels.layout import CHUNK, FIELDS, locate
+from hf_linear.kernels.layout import CHUNK, FIELDS, exp, locate
 
 
 @triton.jit
@@ -118,10 +118,10 @@ def walk_kernel(
             o_t = tl.dot(y_t, a, o_t, input_precision=PRECISION)
             tl.store(out + token_v, o_t.to(out.dtype.element_ty), (i < length)[None, :] & (v_ < V)[:, None])
         z_at = z + at_chunk * (CHUNK * KP) + i[:, None] * KP
-        s0 = tl.dot(y_t, tl.load(z_at + c0[None, :]), s0 * tl.exp(total0)[None, :], input_precision=PRECISION)
+        s0 = tl.dot(y_t, tl.load(z_at + c0[None, :]), s0 * exp(total0, PRECISION)[None, :], input_precision=PRECISION)
         passed0 += total0
         if BLOCKS == 2:
-            s1 = tl.dot(y_t, tl.load(z_at + c1[None, :]), s1 * tl.exp(total1)[None, :], input_precision=PRECISION)
+            s1 = tl.dot(y_t, tl.load(z_at + c1[None, :]), s1 * exp(total1, PRECISION)[None, :], input_precision=PRECISION)
             passed1 += total1
         if PACKED:
             if (has_final != 0) & ((last & (backwards == 0)) | (first & (backwards != 0))):
@@ -143,7 +143,7 @@ def walk_kernel(
 @triton.jit(do_not_specialize=["segments", "H", "backwards", "has_initial", "has_final"])
 def scan_kernel(
     local, total, initial, final, segments, H, backwards, has_initial, has_final,
-    K: tl.constexpr, KP: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    K: tl.constexpr, KP: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """From what each segment adds to the state, in place, the state that enters it."""
     row, h = tl.program_id(2) // H, tl.program_id(2) % H
@@ -156,6 +156,6 @@ def scan_kernel(
         at = local + (segment * H + h).to(tl.int64) * (K * V)
         added = load_state(at, v_, c, 1, K, V)
         store_state(at, state, v_, c, K, V)
-        state = tl.exp(tl.load(total + (segment * H + h) * KP + c))[None, :] * state + added
+        state = exp(tl.load(total + (segment * H + h) * KP + c), PRECISION)[None, :] * state + added
     if has_final != 0:
         store_state(final + at_row, state, v_, c, K, V)
