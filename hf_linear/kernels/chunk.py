@@ -149,7 +149,8 @@ class Chunks:
         launch(leaving=between, passed=passed, initial=documents["initial"])
         scan_kernel[(VP // SCAN_TILE["BV"], KP // SCAN_TILE["BK"], layout.rows * H)](
             between, passed, *(absent if tensor is None else tensor for tensor in rows.values()), segments, H, int(backwards),
-            *(int(tensor is not None) for tensor in rows.values()), K=self.K, KP=KP, V=self.V, PRECISION=self.common["PRECISION"], **SCAN_TILE,
+            *(int(tensor is not None) for tensor in rows.values()),
+            K=self.K, KP=KP, V=self.V, PRECISION=self.common["PRECISION"], **SCAN_TILE,
         )  # fmt: skip
         launch(out=out, states=states, entering=between, **documents)
 
