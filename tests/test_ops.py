@@ -26,6 +26,7 @@ from op_cases import (
 from torch.autograd import gradcheck, gradgradcheck
 
 from hf_linear import ops
+from hf_linear.ops import chunked as chunked_ops
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -138,6 +139,16 @@ def test_second_derivatives(case):
 
     assert gradcheck(function, tensors, fast_mode=True)
     assert gradgradcheck(function, tensors, fast_mode=True)
+
+
+@named(GATED)
+def test_a_long_sequence_in_pieces(case, monkeypatch):
+    """A CPU works on chunks piece by piece; pieces share no sum."""
+    inputs = case.sample(200)
+    expected = outputs_and_gradients(partial(case, "chunked"), inputs)
+    monkeypatch.setattr(chunked_ops, "PIECE", 1)
+    actual = outputs_and_gradients(partial(case, "chunked"), inputs)
+    assert_equal_to_rounding(actual, expected, inputs, SAME_SUMS)
 
 
 # --- Lower precision ---

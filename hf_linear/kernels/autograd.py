@@ -1,6 +1,6 @@
 """The chunk kernels as PyTorch operators: differentiable once, and one node each of a compiled graph.
 
-Defined by their schemas: `torch.library.custom_op` checks every result for aliasing, which takes longer than the kernels.
+Defined by their schemas: under the profiler, calls of a small shape spent 44 % of their time inside `custom_op`'s wrapper.
 """
 
 import torch

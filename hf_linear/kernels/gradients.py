@@ -12,8 +12,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from hf_linear.kernels.layout import PAIR, exp, locate
-from hf_linear.kernels.scores import across, scalar_decays, widen
+from hf_linear.kernels.layout import PAIR, locate
+from hf_linear.kernels.scores import across, exp, scalar_decays, widen
 
 
 @triton.jit(do_not_specialize=["T", "row_pairs", "H", "tokens", "token_stride", "head_stride"])

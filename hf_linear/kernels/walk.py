@@ -13,7 +13,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from hf_linear.kernels.layout import CHUNK, FIELDS, exp, locate
+from hf_linear.kernels.layout import CHUNK, FIELDS, locate
+from hf_linear.kernels.scores import exp
 
 
 @triton.jit

@@ -249,12 +249,10 @@ def combine(weights: Tensor, x: Tensor, out: Tensor | None) -> Tensor:
 
 def decay_half(decay: Tensor, half: Callable[[Tensor, int], Tensor], m: int, more: Tensor) -> Tensor:
     """The decays with those of one half of every block multiplied by `more`; in place, unless autograd needs the old ones."""
-    if not torch.is_grad_enabled():
-        half(decay, m).mul_(more)
-        return decay
-    halves = [first(decay, m), second(decay, m)]
-    halves[half is second] = half(decay, m) * more
-    return torch.stack(halves, -3).flatten(-4, -2)
+    if torch.is_grad_enabled():
+        decay = decay.clone()
+    half(decay, m).mul_(more)
+    return decay
 
 
 def first(x: Tensor, m: int) -> Tensor:
