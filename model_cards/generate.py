@@ -193,10 +193,10 @@ def measure_state(config: "PreTrainedConfig") -> tuple[int, int]:
     from torch._subclasses import FakeTensorMode
     from transformers import AutoModel
 
-    from hf_linear.cache import StateLayer
+    from hf_linear.cache import CACHE_NAME, StateLayer
 
     def cache_bytes(length: int) -> int:
-        layers = model(torch.zeros(1, length, dtype=torch.long), use_cache=True).past_key_values.layers
+        layers = model(torch.zeros(1, length, dtype=torch.long), use_cache=True)[CACHE_NAME].layers
         held = [layer.states.values() if isinstance(layer, StateLayer) else (layer.keys, layer.values) for layer in layers]
         return sum(tensor.nbytes for tensor in chain(*held))
 
