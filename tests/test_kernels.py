@@ -8,7 +8,6 @@ from torch.nn import functional as F
 
 import hf_linear
 from hf_linear import ops
-from hf_linear.ops import gpu
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 on_gpu = pytest.mark.gpu
@@ -49,9 +48,8 @@ def assert_as_exact_as_chunked(inputs, d_outputs, cu_seqlens=None) -> None:
     That one computes in float32 whatever the inputs' dtype; what it returns is rounded to theirs, which is the least error that
     an operator on such inputs can have. The floor is the rounding of float32 itself, for results that come out exact there.
 
-    The gradient of g is what is left of sums that nearly cancel, and does not keep to that: four times is allowed where tensor
-    cores take the factors in half precision, eight times where all tokens' parts end in one number a head. Both were set by
-    what the kernels do, not derived (docs/kernels.md, Open).
+    A decay a head has one number a head for its gradient, the sum over all tokens: what little is left of summands that the
+    products round in half precision, where chunked PyTorch sums without rounding. It is held to 16 times.
     """
     dtype = inputs[0].dtype
     exact = run(inputs, d_outputs, "chunked", torch.float64, cu_seqlens)
@@ -59,9 +57,7 @@ def assert_as_exact_as_chunked(inputs, d_outputs, cu_seqlens=None) -> None:
     found = run(inputs, d_outputs, "triton", cu_seqlens=cu_seqlens)
     for name, x, y, z in zip(NAMES, found, chunked, exact, strict=True):
         assert x.isfinite().all(), name
-        times = 2
-        if name == "dg":
-            times *= (1 if dtype == torch.float32 else 4) * (8 if x.dim() == 1 else 1)
+        times = 16 if name == "dg" and x.dim() == 1 and dtype != torch.float32 else 2
         allowed = times * (distance(y.to(dtype), z) + 2**-23)
         assert distance(x.to(dtype), z) <= allowed, f"{name}: {distance(x.to(dtype), z):.2e} > {allowed:.2e}"
 
@@ -108,13 +104,11 @@ def test_documents(bounds, kind):
 @pytest.mark.parametrize("bounds", [None, [0, 700, 900, 1100]])
 def test_a_row_in_segments(bounds, kind):
     """Long rows with few heads are cut into segments; documents may begin inside one and go on in the next."""
-    from hf_linear.kernels.chunk import Chunks
+    from hf_linear.kernels.layout import make_layout, row_segments
 
     cu_seqlens = None if bounds is None else torch.tensor(bounds, device=DEVICE)
     inputs, d_outputs = make_inputs(1, 1100, 1, 16, 16, kind, documents=None if bounds is None else 3)
-    q, k, v, g, _ = inputs
-    g = g.expand(1, 1100, 1) if g.dim() == 1 else g
-    assert Chunks(q, k, v, g, 1.0, cu_seqlens).segments(1)[0] > 1
+    assert row_segments(make_layout(1, 1100, cu_seqlens), 1, inputs[0].device)[0] > 1
     assert_as_exact_as_chunked(inputs, d_outputs, cu_seqlens)
 
 
@@ -198,14 +192,9 @@ def test_gpu_documents(kind):
     assert_as_exact_as_chunked(*make_inputs(1, 4000, 2, 64, 64, kind, torch.bfloat16, documents=5), bounds)
 
 
-@pytest.fixture
-def models_use_kernels(monkeypatch):
-    monkeypatch.setattr(gpu, "chosen", lambda backend, q, v: backend == "auto" and q.shape[1] > 1)
-
-
 @on_gpu
 @pytest.mark.parametrize("name", ["GLA", "RetNet"])
-def test_gpu_models_compile_without_a_break(name, models_use_kernels):
+def test_gpu_models_compile_without_a_break(name):
     config = getattr(hf_linear, f"{name}Config")(hidden_size=128, num_hidden_layers=2, num_heads=2, vocab_size=256)
     model = getattr(hf_linear, f"{name}ForCausalLM")(config).to("cuda", torch.bfloat16)
     ids = torch.randint(256, (2, 200), device="cuda")
@@ -217,7 +206,7 @@ def test_gpu_models_compile_without_a_break(name, models_use_kernels):
 
 
 @on_gpu
-def test_gpu_checkpointed_and_autocast_training(models_use_kernels):
+def test_gpu_checkpointed_and_autocast_training():
     config = hf_linear.GLAConfig(hidden_size=128, num_hidden_layers=2, num_heads=2, vocab_size=256)
     model = hf_linear.GLAForCausalLM(config).cuda().train()
     ids = torch.randint(256, (2, 200), device="cuda")
@@ -247,16 +236,13 @@ def test_gpu_cuda_graph():
 
 
 @on_gpu
-def test_gpu_a_new_length_compiles_nothing():
-    from hf_linear.kernels import gradients, scores, walk
-
-    def compiled() -> int:
-        kernels = (gradients.gradient_kernel, scores.vector_kernel, walk.walk_kernel, walk.scan_kernel)
-        return sum(len(cache[0]) for kernel in kernels for cache in kernel.device_caches.values())
+@kinds
+def test_gpu_a_new_length_compiles_nothing(kind):
+    from hf_linear.kernels.launch import compiled
 
     for B, T, H in ((1, 200, 2), (1, 4096, 2)):  # in one piece and cut into segments
-        run(*make_inputs(B, T, H, 64, 64, PER_CHANNEL, torch.bfloat16), "triton")
-    before = compiled()
+        run(*make_inputs(B, T, H, 64, 64, kind, torch.bfloat16), "triton")
+    before = len(compiled)
     for B, T, H in ((3, 2000, 4), (1, 5000, 1), (1, 77, 16)):
-        run(*make_inputs(B, T, H, 64, 64, PER_CHANNEL, torch.bfloat16), "triton")
-    assert compiled() == before
+        run(*make_inputs(B, T, H, 64, 64, kind, torch.bfloat16), "triton")
+    assert len(compiled) == before

@@ -17,22 +17,14 @@ import torch
 import triton
 import triton.language as tl
 
-from hf_linear.kernels.layout import CHUNK, locate
+from hf_linear.kernels.layout import locate
+from hf_linear.kernels.precise import exp
+
+CHUNK = tl.constexpr(64)  # tokens; two make a block
 
 # exp(MILD) is far from the largest number of the dtype, and 1 / exp(MILD) far from the smallest. In float32 a difference of
 # running sums would be the largest error there is: always exact.
 MILD = {torch.bfloat16: 60.0, torch.float16: 8.0, torch.float32: 0.0}
-
-
-@triton.jit
-def exp(x, PRECISION: tl.constexpr):
-    """exp(x), x <= 60. The hardware's turns x into a power of 2 first, which costs float32 a relative error of |x| 2^-24."""
-    if PRECISION == "tf32x3":
-        x = tl.maximum(x, -200.0)  # 0 all the same, and never infinity times 0 below
-        n = tl.floor(x * 1.4426950408889634 + 0.5)
-        # ln 2 in two parts, n times the first of which is exact
-        return tl.exp((x - n * 0.693359375) + n * 2.12194440e-4) * tl.exp2(n)
-    return tl.exp(x)
 
 
 @triton.jit
@@ -54,9 +46,9 @@ def widen(to_start, to_end, second, level):
     return to_start + tl.where(second, partner, 0.0), to_end + tl.where(second, 0.0, partner)
 
 
-@triton.jit(do_not_specialize=["T", "row_pairs", "H"])
-def vector_kernel(
-    q, k, g, x, z, scores, total, strong, table, scale, mild, T, row_pairs, H,
+@triton.jit(do_not_specialize=["scale", "mild", "T", "row_blocks", "H"])
+def scores_kernel(
+    q, k, g, x, z, scores, total, strong, table, scale, mild, T, row_blocks, H,
     K: tl.constexpr, KP: tl.constexpr, BK: tl.constexpr, EXACT: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """scores_ij = scale sum_c q_ic k_jc exp(sum of g_c over (j, i]); x, z: q decayed from the start, k to the end.
@@ -68,7 +60,7 @@ def vector_kernel(
     if EXACT:
         if tl.load(strong + at_chunk) == 0:
             return
-    start, length = locate(chunk, T, row_pairs, table, PACKED, 2)
+    start, length = locate(chunk, T, row_blocks, table, PACKED, 2)
     i = tl.arange(0, CHUNK)
     row, col = i[:, None], i[None, :]
     dtype = scores.dtype.element_ty
@@ -97,8 +89,9 @@ def vector_kernel(
             whole = tl.sum(g_, 0)
             strongest = tl.minimum(strongest, tl.min(whole, 0))
             x_ = q_ * exp(to_start, PRECISION)
-            undecayed = (k_ * exp(-to_start, PRECISION)).to(dtype)
-            acc = tl.dot(x_.to(dtype), tl.trans(undecayed), acc, input_precision=PRECISION)
+            # Not rounded to the inputs' dtype: the scores are, which is error enough.
+            undecayed = tl.trans(k_ * exp(-to_start, PRECISION))
+            acc = tl.dot(x_, undecayed, acc, input_precision="tf32x3" if dtype == tl.float16 else "tf32")
             z_ = k_ * exp(whole[None, :] - to_start, PRECISION)
         to = (at_chunk * CHUNK + row) * KP + c[None, :]
         tl.store(x + to, (x_ * scale).to(dtype))
@@ -108,43 +101,3 @@ def vector_kernel(
     tl.store(scores + (at_chunk * CHUNK + row) * CHUNK + col, acc.to(dtype))
     if not EXACT:
         tl.store(strong + at_chunk, (strongest < -mild).to(tl.int8))
-
-
-@triton.jit
-def scalar_decays(g, start, length, h, token_stride, head_stride, C: tl.constexpr, PRECISION: tl.constexpr):
-    """exp(sum of g over (j, i]), [C, C] (1 above the diagonal), and the sums through i, behind i, and over the chunk."""
-    i = tl.arange(0, C)
-    at = g + h * head_stride + (start + i) * token_stride
-    own = tl.load(at, i < length, 0.0).to(tl.float32)
-    following = tl.load(at + token_stride, i + 1 < length, 0.0).to(tl.float32)
-    between = tl.cumsum(tl.where(i[:, None] > i[None, :], own[:, None], 0.0), 0)
-    return exp(between, PRECISION), tl.cumsum(own, 0), tl.cumsum(following, 0, reverse=True), tl.sum(own, 0)
-
-
-@triton.jit(do_not_specialize=["T", "row_pairs", "H", "token_stride", "head_stride"])
-def scalar_kernel(
-    q, k, g, x, z, scores, total, table, scale, T, row_pairs, H, token_stride, head_stride,
-    K: tl.constexpr, KP: tl.constexpr, BK: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """The same for one decay a head: scores_ij = scale q_i . k_j exp(sum of g over (j, i])."""
-    chunk, h = tl.program_id(0), tl.program_id(1)
-    at_chunk = (chunk * H + h).to(tl.int64)
-    start, length = locate(chunk, T, row_pairs, table, PACKED, 2)
-    i = tl.arange(0, CHUNK)
-    row, col = i[:, None], i[None, :]
-    dtype = scores.dtype.element_ty
-    between, to_start, to_end, whole = scalar_decays(g, start, length, h, token_stride, head_stride, CHUNK, PRECISION)
-    acc = tl.zeros((CHUNK, CHUNK), tl.float32)
-    for c0 in range(0, KP, BK):
-        c = c0 + tl.arange(0, BK)
-        inside = (row < length) & (c < K)[None, :]
-        at = (start * H + h) * K + row * (H * K) + c[None, :]
-        q_ = tl.load(q + at, inside, 0.0)
-        k_ = tl.load(k + at, inside, 0.0)
-        acc = tl.dot(q_.to(dtype), tl.trans(k_.to(dtype)), acc, input_precision=PRECISION)
-        to = (at_chunk * CHUNK + row) * KP + c[None, :]
-        tl.store(x + to, (q_ * (exp(to_start, PRECISION) * scale)[:, None]).to(dtype))
-        tl.store(z + to, (k_ * exp(to_end, PRECISION)[:, None]).to(dtype))
-        tl.store(total + at_chunk * KP + c, whole + tl.zeros((BK,), tl.float32))
-    acc = tl.where(row >= col, acc * between, 0.0) * scale
-    tl.store(scores + (at_chunk * CHUNK + row) * CHUNK + col, acc.to(dtype))

@@ -13,8 +13,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from hf_linear.kernels.layout import CHUNK, FIELDS, locate
-from hf_linear.kernels.scores import exp
+from hf_linear.kernels.layout import FIELDS, locate
+from hf_linear.kernels.precise import exp
+from hf_linear.kernels.vector_scores import CHUNK
 
 
 @triton.jit
@@ -30,15 +31,15 @@ def store_state(base, state, v_, c, K: tl.constexpr, V: tl.constexpr):
 
 # What is there to read and to write is known at run time only: a constant would make a kernel of its own of every combination.
 RUN_TIME = (
-    "T", "row_pairs", "segment_pairs", "segments", "H", "backwards", "has_states", "has_entering", "has_leaving", "has_passed",
-    "has_initial", "has_final",
+    "T", "row_blocks", "segment_blocks", "segments", "H",
+    "backwards", "has_states", "has_entering", "has_leaving", "has_passed", "has_initial", "has_final",
 )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=RUN_TIME)
 def walk_kernel(
     x, z, y, scores, total, out, states, entering, leaving, passed, initial, final, table,
-    T, row_pairs, segment_pairs, segments, H,
+    T, row_blocks, segment_blocks, segments, H,
     backwards, has_states, has_entering, has_leaving, has_passed, has_initial, has_final,
     K: tl.constexpr, KP: tl.constexpr, V: tl.constexpr, VP: tl.constexpr,
     BK: tl.constexpr, BLOCKS: tl.constexpr, BV: tl.constexpr,
@@ -52,8 +53,8 @@ def walk_kernel(
     """
     segment, h = tl.program_id(1), tl.program_id(2)
     row = segment // segments
-    from_pair = (segment % segments) * segment_pairs
-    to_pair = tl.minimum(from_pair + segment_pairs, row_pairs)
+    from_block = (segment % segments) * segment_blocks
+    to_block = tl.minimum(from_block + segment_blocks, row_blocks)
     v_tiles: tl.constexpr = VP // BV
     v_tile, k_tile = tl.program_id(0) % v_tiles, tl.program_id(0) // v_tiles
     v_ = v_tile * BV + tl.arange(0, BV)
@@ -71,8 +72,8 @@ def walk_kernel(
     passed0 = tl.zeros((BK,), tl.float32)
     passed1 = tl.zeros((BK,), tl.float32)
 
-    steps = 2 * (to_pair - from_pair)
-    chunk = 2 * (row * row_pairs + from_pair) + backwards * (steps - 1)
+    steps = 2 * (to_block - from_block)
+    chunk = 2 * (row * row_blocks + from_block) + backwards * (steps - 1)
     ahead = 1 - 2 * backwards
     # The pipeliner fetches ahead only what feeds a product; the decays are fetched a step ahead by hand.
     next0 = tl.load(total + (chunk * H + h).to(tl.int64) * KP + c0)
@@ -81,7 +82,7 @@ def walk_kernel(
         next1 = tl.load(total + (chunk * H + h).to(tl.int64) * KP + c1)
     for step in range(0, steps):
         at_chunk = (chunk * H + h).to(tl.int64)
-        start, length = locate(chunk, T, row_pairs, table, PACKED, 2)
+        start, length = locate(chunk, T, row_blocks, table, PACKED, 2)
         if PACKED:
             document = tl.load(table + (chunk // 2) * FIELDS + 2)
             place = tl.load(table + (chunk // 2) * FIELDS + 3)

@@ -1,0 +1,55 @@
+"""Launching kernels: on the tensors' device, and without asking Triton at every call which of its compilations serves.
+
+Triton reads the type, value and alignment of every argument to find the compiled kernel, which takes the host longer than the
+GPU takes for a small shape. Here they follow from the first argument's dtype and the constants: tensors are `ready`, numbers
+are not specialised, and dtypes of further tensors go with the first one's.
+"""
+
+from __future__ import annotations
+
+import functools
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton.runtime.jit import JITFunction
+
+compiled: dict[tuple, tuple] = {}
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
+    """kernel[grid](*args, **constants). `constants` end with the options: num_warps, num_stages."""
+    if not isinstance(kernel, JITFunction):  # the interpreter's
+        kernel[grid](*args, **constants)
+        return
+    grid = (*grid, 1, 1)[:3]
+    key = (id(kernel), torch.cuda.current_device(), args[0].dtype, *constants.values())
+    if key in compiled:
+        binary, values = compiled[key]
+        binary[grid](*args, *values)
+        return
+    binary = kernel[grid](*args, **constants)
+    names = [parameter.name for parameter in kernel.params][len(args) :]
+    compiled[key] = binary, tuple(constants[name] for name in names)
+
+
+def on_device(x: Tensor) -> AbstractContextManager:
+    """Kernels start on the current device, which need not be the tensors'."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+
+
+def ready(x: Tensor) -> Tensor:
+    """Contiguous, and aligned as memory that PyTorch allocates is."""
+    x = x.contiguous()
+    return x if x.data_ptr() % 16 == 0 else x.clone()
+
+
+def product_precision(dtype: torch.dtype) -> str:
+    """float32 takes three tf32 products for one; the word concerns no other dtype."""
+    return "tf32x3" if dtype == torch.float32 else "tf32"
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
