@@ -27,7 +27,8 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> 
     key = (id(kernel), torch.cuda.current_device(), args[0].dtype, *constants.values())
     if key in compiled:
         binary, values = compiled[key]
-        binary[grid](*args, *values)
+        # Of an address Triton does not ask the driver whose it is.
+        binary[grid](*(x.data_ptr() if isinstance(x, Tensor) else x for x in args), *values)
         return
     binary = kernel[grid](*args, **constants)
     names = [parameter.name for parameter in kernel.params][len(args) :]

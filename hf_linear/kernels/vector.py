@@ -170,7 +170,7 @@ def walk_tile(KP: int, dtype: torch.dtype, output: bool) -> dict[str, int]:
 def gradient_tile(dtype: torch.dtype) -> dict[str, int]:
     if dtype == torch.float32:
         return {"BK": 32, "BV": 32, "num_warps": 8, "num_stages": 1}
-    return {"BK": 64, "BV": 64, "num_warps": 8, "num_stages": 3}
+    return {"BK": 32, "BV": 64, "num_warps": 8, "num_stages": 3}
 
 
 SCAN_TILE = {"BK": 64, "BV": 32}
