@@ -16,6 +16,7 @@ from hf_linear.ops.dispatch import (
     check_shape,
     check_state,
     compute_dtype,
+    needs_gradient,
     run,
 )
 
@@ -111,6 +112,9 @@ def attend(
 ) -> tuple[Tensor, Tensor]:
     """Run a recurrence on checked inputs. The kernels take them as they are, PyTorch in the dtype to compute in."""
     if gpu.chosen(backend, q, v):
+        if q.shape[1] == 1 and cu_seqlens is None and not needs_gradient(q, k, v, g, initial_state):
+            state = zero_state(q, v, None) if initial_state is None else initial_state.clone()
+            return gpu.step(q, k, v, g, scale, state), state
         return gpu.attend(q, k, v, g, scale, initial_state, cu_seqlens)
     dtype = compute_dtype(v)
     if initial_state is None:
