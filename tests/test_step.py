@@ -174,9 +174,9 @@ def test_ops_with_a_gradient_take_the_chunk_kernels(wants):
 
 
 def test_packed_documents_of_one_token_take_the_chunk_kernels():
-    """One token and an empty document: two states."""
+    """An empty document and one token: two states."""
     q, k, v, g, _ = make_inputs(1, 3, 16, 24, PER_CHANNEL)
-    states, bounds = torch.randn(2, 3, 16, 24, device=DEVICE), torch.tensor([0, 1, 1], device=DEVICE)
+    states, bounds = torch.randn(2, 3, 16, 24, device=DEVICE), torch.tensor([0, 0, 1], device=DEVICE)
     found, expected = (
         ops.gated_linear_attention(q, k, v, g, initial_state=states, cu_seqlens=bounds, backend=backend)
         for backend in ("triton", "reference")
@@ -211,10 +211,16 @@ def test_errors(change, message):
 
 @backends
 def test_compiled_equals_eager(backend):
+    """Also a step of whose results nothing but the state is used."""
     q, k, v, g, state = make_inputs(2, 3, 16, 24, PER_CHANNEL)
     other, address = state.clone(), state.data_ptr()
-    expected, _ = ops.recurrent_step(q, k, v, g, other, backend=backend)
-    compiled = torch.compile(lambda *x: ops.recurrent_step(*x, backend=backend)[0], fullgraph=True, backend="aot_eager")
+
+    def two_steps(q: Tensor, k: Tensor, v: Tensor, g: Tensor, state: Tensor) -> Tensor:
+        ops.recurrent_step(q, k, v, g, state, backend=backend)
+        return ops.recurrent_step(k, q, v, g, state, backend=backend)[0]
+
+    expected = two_steps(q, k, v, g, other)
+    compiled = torch.compile(two_steps, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(q, k, v, g, state), expected)
     assert torch.equal(state, other) and state.data_ptr() == address
 
@@ -304,14 +310,19 @@ def test_a_copy_goes_its_own_way(name, decode):
     torch.testing.assert_close(found, logits(model, x)[:, 9:], **tolerance(decode))
 
 
+@pytest.mark.parametrize("prefix", [0, 4], ids=["from_the_start", "after_a_prefix_without"])
 @pytest.mark.parametrize("name", ["gla-conv-kv-phi", "retnet", "linear-relu-kv"])
-def test_gradients_flow_through_the_cache(name):
+def test_gradients_flow_through_the_cache(name, prefix):
     """Token by token with a gradient: nothing is written over what backward needs."""
-    model, x = model_of(name, torch.float64), ids(2, 5).to(DEVICE)
-    weights = torch.randn(2, 5, model.config.vocab_size, device=DEVICE, dtype=torch.float64)
-    parameters = list(model.parameters())
-    expected = torch.autograd.grad((weights * model(x, use_cache=False).logits).sum(), parameters)
+    model, x = model_of(name, torch.float64), ids(2, 9).to(DEVICE)
     cache = new_cache(model)
+    if prefix:
+        with torch.no_grad():
+            model(x[:, :prefix], past_key_values=cache)
+    at_once, x = copy.deepcopy(cache), x[:, prefix:]
+    weights = torch.randn(2, x.shape[1], model.config.vocab_size, device=DEVICE, dtype=torch.float64)
+    parameters = list(model.parameters())
+    expected = torch.autograd.grad((weights * model(x, past_key_values=at_once).logits).sum(), parameters)
     found = [model(token, past_key_values=cache).logits for token in x.split(1, dim=1)]
     with torch.no_grad():  # a state that belongs to a graph is left as it is, also by those who want none
         model(x[:, :1], past_key_values=cache)
