@@ -14,7 +14,7 @@ test: .venv/ready
 
 # On a machine with a GPU, with the Python that knows it.
 gpu-test:
-	$(PYTHON) -m pytest tests/test_kernels.py
+	$(PYTHON) -m pytest tests/test_kernels.py tests/test_step.py
 
 lint: .venv/ready
 	$(RUN) -m ruff check .
@@ -30,6 +30,7 @@ bench: .venv/ready
 
 gpu-bench:
 	$(PYTHON) -m benchmarks.kernels
+	$(PYTHON) -m benchmarks.decode
 
 .venv/ready: pyproject.toml
 	$(PYTHON) -m venv .venv

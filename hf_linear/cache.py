@@ -83,7 +83,7 @@ class StateLayer(LinearAttentionLayer, CacheLayerMixin):
             held = self.states.get(name)
             if held is None or held.shape != state.shape or held.requires_grad or state.requires_grad:
                 self._put(name, state)
-            else:
+            elif held is not state:  # what a step has written in place is there already
                 held.copy_(state)
         self.device = state.device
 

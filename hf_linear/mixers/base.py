@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import Cache, PreTrainedConfig
 
 from hf_linear.cache import StateLayer
+from hf_linear.ops import recurrent_step
+from hf_linear.ops.dispatch import needs_gradient
 
 
 class RecurrentMixer(nn.Module):
@@ -24,3 +27,27 @@ class RecurrentMixer(nn.Module):
 
     def state(self, past_key_values: Cache | None) -> StateLayer | None:
         return None if past_key_values is None else past_key_values.layers[self.layer_idx]
+
+    @staticmethod
+    def attend(
+        op: Callable,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        g: Tensor | None,
+        cache: StateLayer | None,
+        cu_seqlens: Tensor | None,
+        **states: Tensor,
+    ) -> Tensor:
+        """o of `op`, from the cache's recurrent state and on to the next, which is kept together with the other `states`.
+
+        One token moves the state on in place, unless it belongs to a graph or the token does.
+        """
+        state = None if cache is None else cache.read("recurrent")
+        if state is not None and q.shape[1] == 1 and not (state.requires_grad or needs_gradient(q, k, v, g)):
+            o, state = recurrent_step(q, k, v, g, state)
+        else:
+            o, state = op(q, k, v, g, initial_state=state, cu_seqlens=cu_seqlens)
+        if cache is not None:
+            cache.write(q.shape[1], recurrent=state, **states)
+        return o

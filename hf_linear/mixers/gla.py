@@ -70,10 +70,7 @@ class GatedLinearAttention(RecurrentMixer):
             g = g.clamp(min=self.config.clamp_min)
         k, g = zero_padding(attention_mask, k, g)
         k, v, g = (y.repeat_interleave(self.groups, dim=2) for y in (k, v, g))
-        state = None if cache is None else cache.read("recurrent")
-        o, states["recurrent"] = gated_linear_attention(q, k, v, g, initial_state=state, cu_seqlens=cu_seqlens)
-        if cache is not None:
-            cache.write(x.shape[1], **states)
+        o = self.attend(gated_linear_attention, q, k, v, g, cache, cu_seqlens, **states)
         o = self.norm(o).flatten(-2)
         if self.config.use_output_gate:
             o = o * F.silu(self.g_proj(x))

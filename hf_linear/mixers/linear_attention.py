@@ -51,11 +51,7 @@ class LinearAttention(RecurrentMixer):
             v = torch.cat([v, torch.ones_like(v[..., :1])], -1)
         (k,) = zero_padding(attention_mask, k)
         k, v = (y.repeat_interleave(self.groups, dim=2) for y in (k, v))
-        cache = self.state(past_key_values)
-        state = None if cache is None else cache.read("recurrent")
-        o, state = linear_attention(q, k, v, initial_state=state, cu_seqlens=cu_seqlens)
-        if cache is not None:
-            cache.write(x.shape[1], recurrent=state)
+        o = self.attend(linear_attention, q, k, v, None, self.state(past_key_values), cu_seqlens)
         if self.normalise:
             o, total = o[..., :-1], o[..., -1:]
             o = o / torch.where(total == 0, 1, total)  # where every score is zero, so is their weighted sum

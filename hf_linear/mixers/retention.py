@@ -62,11 +62,7 @@ class Retention(RecurrentMixer):
         g = retention_decay(q.shape[2], x.device, dtype)
         if attention_mask is not None:  # the decay is the identity on a pad
             g = g * attention_mask[..., None].to(dtype)
-        cache = self.state(past_key_values)
-        state = None if cache is None else cache.read("recurrent")
-        o, state = linear_attention(q, k, v, g, initial_state=state, cu_seqlens=cu_seqlens)
-        if cache is not None:
-            cache.write(x.shape[1], recurrent=state)
+        o = self.attend(linear_attention, q, k, v, g, self.state(past_key_values), cu_seqlens)
 
         if self.config.retention_norm == "decay":
             o = o * self.decay_norm(position_ids, dtype).to(o.dtype)

@@ -5,11 +5,13 @@ from hf_linear.ops.linear_attention import linear_attention
 from hf_linear.ops.long_conv import long_conv
 from hf_linear.ops.retention import retention_chunkwise, retention_decay, retention_parallel, retention_recurrent
 from hf_linear.ops.short_conv import short_conv
+from hf_linear.ops.step import recurrent_step
 
 __all__ = [
     "gated_linear_attention",
     "linear_attention",
     "long_conv",
+    "recurrent_step",
     "retention_chunkwise",
     "retention_decay",
     "retention_parallel",

@@ -32,6 +32,10 @@ def full_precision(x: Tensor) -> AbstractContextManager:
     return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
+def needs_gradient(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
 def check_floating(**tensors: Tensor | None) -> None:
     """Every tensor is floating point and on the device of the first."""
     given = {name: x for name, x in tensors.items() if x is not None}

@@ -32,8 +32,9 @@ def gated_linear_attention(
         scale: K ** -0.5 when None.
         initial_state: [B, H, K, V] float32 (float64 for float64 inputs), zeros when None; [N, H, K, V] with `cu_seqlens`.
         cu_seqlens: [N + 1] int32 or int64, the boundaries of N documents packed in one row (B = 1); each has its own state.
-        backend: "reference" token by token, "chunked" in chunks of PyTorch, "triton" in chunks on a GPU; "auto" is
-            triton on a GPU that has the kernels, else chunked; reference for one token. A named backend is used or raises.
+        backend: "reference" token by token, "chunked" in chunks of PyTorch, "triton" in chunks on a GPU (one token without a
+            gradient by its recurrence). "auto" is triton on a GPU that has the kernels; elsewhere one of the first two, by T.
+            A named one is used or raises.
 
     Returns:
         o [B, T, H, V] in v's dtype, and the final state, shaped and typed as `initial_state`.

@@ -47,3 +47,10 @@ def attend(
     from hf_linear.kernels.autograd import chunk_attention
 
     return chunk_attention(q.to(v.dtype), k.to(v.dtype), v, g.float(), scale, initial_state, cu_seqlens)
+
+
+def step(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, scale: float, state: Tensor) -> Tensor:
+    """o of one token, in v's dtype; the state is written. It has no gradient."""
+    from hf_linear.kernels.step import step
+
+    return step(q, k, v, g, scale, state)

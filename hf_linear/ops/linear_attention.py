@@ -16,6 +16,7 @@ from hf_linear.ops.dispatch import (
     check_shape,
     check_state,
     compute_dtype,
+    needs_gradient,
     run,
 )
 
@@ -44,8 +45,9 @@ def linear_attention(
         scale: K ** -0.5 when None.
         initial_state: [B, H, K, V] float32 (float64 for float64 inputs), zeros when None; [N, H, K, V] with `cu_seqlens`.
         cu_seqlens: [N + 1] int32 or int64, the boundaries of N documents packed in one row (B = 1); each has its own state.
-        backend: "reference" token by token, "chunked" in chunks of PyTorch, "triton" in chunks on a GPU; "auto" is
-            triton on a GPU that has the kernels, else chunked; reference for one token. A named backend is used or raises.
+        backend: "reference" token by token, "chunked" in chunks of PyTorch, "triton" in chunks on a GPU (one token without a
+            gradient by its recurrence). "auto" is triton on a GPU that has the kernels; elsewhere one of the first two, by T.
+            A named one is used or raises.
 
     Returns:
         o [B, T, H, V] in v's dtype, and the final state, shaped and typed as `initial_state`.
@@ -111,6 +113,9 @@ def attend(
 ) -> tuple[Tensor, Tensor]:
     """Run a recurrence on checked inputs. The kernels take them as they are, PyTorch in the dtype to compute in."""
     if gpu.chosen(backend, q, v):
+        if q.shape[1] == 1 and cu_seqlens is None and not needs_gradient(q, k, v, g, initial_state):
+            state = zero_state(q, v, None) if initial_state is None else initial_state.clone()
+            return gpu.step(q, k, v, g, scale, state), state
         return gpu.attend(q, k, v, g, scale, initial_state, cu_seqlens)
     dtype = compute_dtype(v)
     if initial_state is None:
