@@ -2,9 +2,9 @@
 
     python -m benchmarks.models [gla-374m retnet-380m ...]
 
-Weights and gradients in bfloat16, fused AdamW, eager; ours once more under torch.compile. Median tokens a second after a warm-up,
-and the peak of allocated memory. Ours computes its loss without all logits at once (`fuse_linear_cross_entropy`); fla runs with
-its defaults and with its field of that name. What benchmarks.kernels says of its tuning holds here too.
+Weights and gradients in bfloat16, fused AdamW, eager; ours once more under torch.compile. Median tokens a second after a
+warm-up, and the peak of allocated memory. Ours computes its loss without all logits at once (`fuse_linear_cross_entropy`);
+fla runs with its defaults and with its field of that name. What benchmarks.kernels says of its tuning holds here too.
 """
 
 from __future__ import annotations

@@ -1,0 +1,34 @@
+"""Root-mean-square norms (arXiv 1910.07467). Their parameters are those of torch.nn.RMSNorm."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from hf_linear.modules.fused import available, bare
+
+
+class RMSNorm(nn.RMSNorm):
+    """x / sqrt(mean(x^2) + eps) * weight."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if available(x):
+            from hf_linear.kernels import fused
+
+            return fused.norm(x, None, self.weight, self.eps)
+        return super().forward(x)
+
+
+class GatedRMSNorm(nn.RMSNorm):
+    """What becomes of the heads' outputs: linear(norm(o) * silu(gate))."""
+
+    def forward(self, o: Tensor, gate: Tensor | None, linear: nn.Module) -> Tensor:
+        """o: [B, T, H, V]; gate: [B, T, H V] or None for none; `linear` takes the heads side by side."""
+        if available(o):
+            from hf_linear.kernels import fused
+
+            if bare(linear):
+                return fused.norm_product(linear.weight, o, gate, self.weight, self.eps)
+            return linear(fused.norm(o, gate, self.weight, self.eps).flatten(-2))
+        y = super().forward(o).flatten(-2)
+        return linear(y if gate is None else y * F.silu(gate))
