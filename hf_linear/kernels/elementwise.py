@@ -20,30 +20,31 @@ import triton.language as tl
 from torch import Tensor
 
 TILE = 4096  # elements a program holds at a time
-PROGRAMS = 1024  # of the norm's backward pass: all reside on a large GPU at once, and their partial sums are few
+PROGRAMS = 1024  # of the norm's backward pass: enough to fill a large GPU, and few partial sums
 
 
-def norm(x: Tensor, gate: Tensor | None, weight: Tensor | None, eps: float) -> Tensor:
+def norm(x: Tensor, gate: Tensor | None, weight: Tensor | None, eps: float, dtype: torch.dtype) -> Tensor:
     x, gate = contiguous(x, gate)
-    y = torch.empty_like(x)
-    D, ROWS = x.shape[-1], rows_a_tile(x.shape[-1])
-    rows = x.numel() // D
-    norm_kernel[(triton.cdiv(rows, ROWS),)](x, gate, weight, y, rows, eps, D, ROWS, triton.next_power_of_2(D))
+    y = torch.empty_like(x, dtype=dtype)
+    D, BD = x.shape[-1], triton.next_power_of_2(x.shape[-1])
+    rows, ROWS = x.numel() // D, max(TILE // BD, 1)
+    norm_kernel[(triton.cdiv(rows, ROWS),)](x, gate, weight, y, rows, eps, D, ROWS, BD)
     return y
 
 
 def norm_backward(
-    dy: Tensor, x: Tensor, gate: Tensor | None, weight: Tensor | None, eps: float, recompute: bool
+    dy: Tensor, x: Tensor, gate: Tensor | None, weight: Tensor | None, eps: float, dtype: torch.dtype, recompute: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """The gradients of x, gate and weight, and y if it is to be computed anew."""
     dy, x, gate = contiguous(dy, x, gate)
     dx, dgate = torch.empty_like(x), None if gate is None else torch.empty_like(gate)
-    y = torch.empty_like(x) if recompute else None
-    D, ROWS = x.shape[-1], rows_a_tile(x.shape[-1])
-    rows = x.numel() // D
+    y = torch.empty_like(x, dtype=dtype) if recompute else None
+    D, BD = x.shape[-1], triton.next_power_of_2(x.shape[-1])
+    rows, ROWS = x.numel() // D, max(TILE // BD, 1)
     programs = min(triton.cdiv(rows, ROWS), PROGRAMS)
     parts = None if weight is None else x.new_empty(programs, D, dtype=torch.float32)
-    norm_backward_kernel[(programs,)](dy, x, gate, weight, dx, dgate, parts, y, rows, eps, D, ROWS, triton.next_power_of_2(D))
+    grid = (programs,)
+    norm_backward_kernel[grid](dy, x, gate, weight, dx, dgate, parts, y, rows, eps, D, ROWS, BD, num_warps=8)
     return dx, dgate, None if weight is None or parts is None else parts.sum(0).to(weight.dtype), y
 
 
@@ -93,10 +94,6 @@ def contiguous(*tensors: Tensor | None) -> list:
     return [x if x is None else x.contiguous() for x in tensors]
 
 
-def rows_a_tile(D: int) -> int:
-    return max(TILE // triton.next_power_of_2(D), 1)
-
-
 @triton.jit
 def sigmoid(x):
     return 1 / (1 + tl.exp(-x))
@@ -115,7 +112,7 @@ def norm_kernel(x, gate, weight, y, rows, eps, D: tl.constexpr, ROWS: tl.constex
     """y = x / sqrt(mean(x^2) + eps) * weight * silu(gate).
 
     grid     (rows / ROWS,)
-    in, out  x, gate, y: [rows, D] of one dtype; weight: [D]; gate and weight may be None
+    in, out  x, gate, y: [rows, D]; weight: [D]; gate and weight may be None
     traffic  reads x and gate, writes y: bound by memory
     """
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)

@@ -14,15 +14,19 @@ from torch.nn import functional as F
 from hf_linear.kernels import elementwise
 
 
-def norm(x: Tensor, gate: Tensor | None, weight: Tensor | None, eps: float) -> Tensor:
+def norm(x: Tensor, gate: Tensor | None, weight: Tensor | None, eps: float, dtype: torch.dtype) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight * silu(gate), shaped as x."""
-    functions = partial(elementwise.norm, eps=eps), partial(elementwise.norm_backward, eps=eps)
+    options = {"eps": eps, "dtype": dtype}
+    functions = partial(elementwise.norm, **options), partial(elementwise.norm_backward, **options)
     return Elementwise.apply(*functions, x, gate, weight)
 
 
-def norm_product(matrix: Tensor, x: Tensor, gate: Tensor | None, weight: Tensor | None, eps: float) -> Tensor:
-    """norm(x, gate, weight, eps), its last two dimensions as one, times matrix^T."""
-    functions = partial(elementwise.norm, eps=eps), partial(elementwise.norm_backward, eps=eps)
+def norm_product(
+    matrix: Tensor, x: Tensor, gate: Tensor | None, weight: Tensor | None, eps: float, dtype: torch.dtype
+) -> Tensor:
+    """norm(x, gate, weight, eps, dtype), its last two dimensions as one, times matrix^T."""
+    options = {"eps": eps, "dtype": dtype}
+    functions = partial(elementwise.norm, **options), partial(elementwise.norm_backward, **options)
     return BeforeProduct.apply(*functions, matrix, x, gate, weight).view(*x.shape[:-2], -1)
 
 
@@ -62,20 +66,21 @@ class Elementwise(torch.autograd.Function):
 
 class BeforeProduct(torch.autograd.Function):
     """z = y matrix^T [rows, out] for y = forward(*inputs), which nobody keeps: dmatrix = dz^T y takes y from the kernel that
-    computes the inputs' gradients and holds all of its factors anyway."""
+    computes the inputs' gradients and holds all of its factors anyway. The matrix may be in a wider dtype than y."""
 
     @staticmethod
     def forward(ctx: Any, forward: Callable, backward: Callable, matrix: Tensor, *inputs: Tensor | None) -> Tensor:
         ctx.save_for_backward(matrix, *inputs)
         ctx.gradients = backward
-        return F.linear(forward(*inputs).view(-1, matrix.shape[1]), matrix)
+        y = forward(*inputs).view(-1, matrix.shape[1])
+        return F.linear(y, matrix.to(y.dtype))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dz: Tensor) -> tuple[Tensor | None, ...]:
         matrix, *inputs = ctx.saved_tensors
         learns = ctx.needs_input_grad[2]
-        *gradients, y = ctx.gradients(dz @ matrix, *inputs, recompute=learns)
+        *gradients, y = ctx.gradients(dz @ matrix.to(dz.dtype), *inputs, recompute=learns)
         return None, None, dz.T @ y.view(-1, matrix.shape[1]) if learns else None, *gradients
 
 

@@ -20,14 +20,18 @@ def runs_triton(device: torch.device) -> bool:
     return HAS_TRITON and device.type == "cuda" and torch.cuda.get_device_capability(device) >= CAPABILITY
 
 
-def bare(*linears: nn.Module) -> bool:
-    """Whether x W^T is all that calling these modules would do, so that W may be read instead."""
-    return not torch.is_autocast_enabled("cuda") and all(is_bare(linear) for linear in linears)
+def factor_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which a product takes x: under autocast, autocast's."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 def is_bare(linear: nn.Module) -> bool:
-    """Whether nothing has been put on or around a linear layer without bias: no adapter, quantised or sharded weight, hook or
-    other forward. All of these would be left out in silence where its weight is read."""
+    """Whether x W^T is all that calling this module would do, so that W may be read instead.
+
+    Not so where something has been put on it or around it, an adapter, a quantised or sharded weight, a hook, another forward:
+    all of that would be left out in silence.
+    """
     if type(linear) is not nn.Linear or type(linear.weight) is not nn.Parameter or linear.bias is not None:
         return False
     hooks = linear._forward_hooks, linear._forward_pre_hooks, linear._backward_hooks, linear._backward_pre_hooks

@@ -3,7 +3,7 @@
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
-from hf_linear.modules.fused import available, bare
+from hf_linear.modules.fused import available, is_bare
 from hf_linear.modules.projections import project
 
 
@@ -23,7 +23,7 @@ class GatedMLP(nn.Module):
         if self.is_swiglu and available(gate):
             from hf_linear.kernels import fused
 
-            if bare(self.down_proj):
+            if is_bare(self.down_proj):
                 return fused.swiglu_product(self.down_proj.weight, gate, up)
             return self.down_proj(fused.swiglu(gate, up))
         return self.down_proj(self.act(gate) * up)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hf_linear.modules.fused import available, bare
+from hf_linear.modules.fused import available, factor_dtype, is_bare
 
 
 class RMSNorm(nn.RMSNorm):
@@ -15,7 +15,7 @@ class RMSNorm(nn.RMSNorm):
         if available(x):
             from hf_linear.kernels import fused
 
-            return fused.norm(x, None, self.weight, self.eps)
+            return fused.norm(x, None, self.weight, self.eps, factor_dtype(x))
         return super().forward(x)
 
 
@@ -27,8 +27,8 @@ class GatedRMSNorm(nn.RMSNorm):
         if available(o):
             from hf_linear.kernels import fused
 
-            if bare(linear):
-                return fused.norm_product(linear.weight, o, gate, self.weight, self.eps)
-            return linear(fused.norm(o, gate, self.weight, self.eps).flatten(-2))
+            if is_bare(linear):
+                return fused.norm_product(linear.weight, o, gate, self.weight, self.eps, factor_dtype(o))
+            return linear(fused.norm(o, gate, self.weight, self.eps, factor_dtype(o)).flatten(-2))
         y = super().forward(o).flatten(-2)
         return linear(y if gate is None else y * F.silu(gate))

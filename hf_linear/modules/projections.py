@@ -9,13 +9,13 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from hf_linear.modules.fused import available, bare
+from hf_linear.modules.fused import available, factor_dtype, is_bare
 
 
 def project(x: Tensor, *linears: nn.Module) -> tuple[Tensor, ...]:
     """linear(x) for every linear. On a GPU the gradient of x is summed up inside their products, not by passes between them."""
-    if x.requires_grad and available(x) and bare(*linears):
-        return Projections.apply(x, *(linear.weight for linear in linears))
+    if x.requires_grad and available(x) and all(is_bare(linear) for linear in linears):
+        return Projections.apply(x.to(factor_dtype(x)), *(linear.weight for linear in linears))
     return tuple(linear(x) for linear in linears)
 
 
@@ -30,12 +30,13 @@ class Projections(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
         ctx.save_for_backward(x, *weights)
-        return tuple(F.linear(x, w) for w in weights)
+        return tuple(F.linear(x, w.to(x.dtype)) for w in weights)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:
         x, *weights = ctx.saved_tensors
+        weights = [w.to(x.dtype) for w in weights]
         rows = x.flatten(0, -2)
         flat = [dy.flatten(0, -2) for dy in dys]
         dx = flat[0] @ weights[0]
