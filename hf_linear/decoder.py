@@ -42,7 +42,7 @@ from hf_linear.mixers.attention import Attention
 from hf_linear.mixers.hyena import HyenaFilter
 from hf_linear.modules.loss import linear_cross_entropy
 from hf_linear.modules.mlp import GatedMLP
-from hf_linear.modules.norm import RMSNorm
+from hf_linear.modules.norm import RMSNorm, add_norm
 from hf_linear.modules.rotary import ROPE_TYPES
 
 
@@ -217,9 +217,10 @@ class DecoderLayer(GradientCheckpointingLayer):
         self.mlp = mlp(config)
 
     def forward(self, x: Tensor, **kwargs: Any) -> Tensor:
-        y, _ = self.mixer(self.mixer_norm(x), past_key_values=kwargs.pop(CACHE_NAME, None), **kwargs)
-        x = x + y
-        return x + self.mlp(self.mlp_norm(x))
+        x, normed = add_norm(x, None, self.mixer_norm)
+        y, _ = self.mixer(normed, past_key_values=kwargs.pop(CACHE_NAME, None), **kwargs)
+        x, normed = add_norm(x, y, self.mlp_norm)
+        return x + self.mlp(normed)
 
 
 class LinearPreTrainedModel(PreTrainedModel):

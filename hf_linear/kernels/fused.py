@@ -21,6 +21,11 @@ def norm(x: Tensor, gate: Tensor | None, weight: Tensor | None, eps: float, dtyp
     return Elementwise.apply(*functions, x, gate, weight)
 
 
+def add_norm(x: Tensor, added: Tensor | None, weight: Tensor | None, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """x + added, and its norm; where nothing is added, x itself."""
+    return AddNorm.apply(x, added, weight, eps, dtype)
+
+
 def norm_product(
     matrix: Tensor, x: Tensor, gate: Tensor | None, weight: Tensor | None, eps: float, dtype: torch.dtype
 ) -> Tensor:
@@ -62,6 +67,29 @@ class Elementwise(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         *gradients, _ = ctx.gradients(dy, *ctx.saved_tensors, recompute=False)
         return None, None, *gradients
+
+
+class AddNorm(torch.autograd.Function):
+    """The gradient of the sum that arrives by the residual stream joins that of the norm in the norm's kernel."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, added: Tensor | None, weight: Tensor | None, eps: float, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        if added is None:
+            total, y = x, elementwise.norm(x, None, weight, eps, dtype)
+        else:
+            total, y = elementwise.add_norm(x, added, weight, eps, dtype)
+        ctx.save_for_backward(total, weight)
+        ctx.options = {"eps": eps, "dtype": dtype, "recompute": False}
+        return total, y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_total: Tensor, dy: Tensor) -> tuple[Tensor | None, ...]:
+        total, weight = ctx.saved_tensors
+        dx, _, dweight, _ = elementwise.norm_backward(dy, total, None, weight, d_stream=d_total, **ctx.options)
+        return dx, dx if ctx.needs_input_grad[1] else None, dweight, None, None
 
 
 class BeforeProduct(torch.autograd.Function):

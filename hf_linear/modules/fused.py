@@ -32,7 +32,11 @@ def is_bare(linear: nn.Module) -> bool:
     Not so where something has been put on it or around it, an adapter, a quantised or sharded weight, a hook, another forward:
     all of that would be left out in silence.
     """
-    if type(linear) is not nn.Linear or type(linear.weight) is not nn.Parameter or linear.bias is not None:
-        return False
-    hooks = linear._forward_hooks, linear._forward_pre_hooks, linear._backward_hooks, linear._backward_pre_hooks
-    return not any(hooks) and "forward" not in vars(linear)
+    plain = type(linear) is nn.Linear and type(linear.weight) is nn.Parameter and linear.bias is None
+    return plain and is_untouched(linear)
+
+
+def is_untouched(module: nn.Module) -> bool:
+    """Whether calling the module is calling its class's forward."""
+    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+    return not any(hooks) and "forward" not in vars(module)

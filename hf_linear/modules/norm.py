@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hf_linear.modules.fused import available, factor_dtype, is_bare
+from hf_linear.modules.fused import available, factor_dtype, is_bare, is_untouched
 
 
 class RMSNorm(nn.RMSNorm):
@@ -17,6 +17,17 @@ class RMSNorm(nn.RMSNorm):
 
             return fused.norm(x, None, self.weight, self.eps, factor_dtype(x))
         return super().forward(x)
+
+
+def add_norm(x: Tensor, y: Tensor | None, norm: nn.Module) -> tuple[Tensor, Tensor]:
+    """x + y and norm(x + y). On a GPU one pass, and one back, which takes up the gradient of the sum by its other ways."""
+    if available(x) and type(norm) is RMSNorm and is_untouched(norm):
+        from hf_linear.kernels import fused
+
+        return fused.add_norm(x, y, norm.weight, norm.eps, factor_dtype(x))
+    if y is not None:
+        x = x + y
+    return x, norm(x)
 
 
 class GatedRMSNorm(nn.RMSNorm):
