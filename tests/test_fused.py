@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from hf_linear.modules import fused, loss
-from hf_linear.modules.norm import RMSNorm, add_norm
+from hf_linear.modules.norm import GatedRMSNorm, RMSNorm, add_norm, project_heads
 from hf_linear.modules.projections import project
 from hf_linear.modules.rotary import rotate
 
@@ -253,6 +253,11 @@ def test_a_norm_with_a_hook_is_called(fuse):
     total, y = add_norm(x, x, norm)
     torch.testing.assert_close(y, 2 * F.rms_norm(2 * x, (4,), eps=norm.eps))
     assert torch.equal(total, 2 * x)
+
+    o, head_norm, linear = x[:, None, None], GatedRMSNorm(4, eps=1e-6).to(DEVICE), nn.Linear(4, 3, bias=False).to(DEVICE)
+    plain = project_heads(o, None, head_norm, linear)
+    head_norm.register_forward_hook(lambda module, inputs, output: 2 * output)
+    torch.testing.assert_close(project_heads(o, None, head_norm, linear), 2 * plain)
 
 
 def test_compiled_fused_model_has_no_break(fuse):

@@ -12,7 +12,7 @@ from hf_linear.cache import StateLayer
 from hf_linear.mixers.base import RecurrentMixer
 from hf_linear.modules.decay import log_decay
 from hf_linear.modules.feature_maps import feature_map
-from hf_linear.modules.norm import GatedRMSNorm
+from hf_linear.modules.norm import GatedRMSNorm, project_heads
 from hf_linear.modules.padding import zero_padding
 from hf_linear.modules.projections import project, repeat_heads
 from hf_linear.modules.short_conv import ShortConv
@@ -76,7 +76,7 @@ class GatedLinearAttention(RecurrentMixer):
         o, states["recurrent"] = gated_linear_attention(q, k, v, g, initial_state=state, cu_seqlens=cu_seqlens)
         if cache is not None:
             cache.write(x.shape[1], **states)
-        return self.norm(o, gate[0] if gate else None, self.o_proj), None
+        return project_heads(o, gate[0] if gate else None, self.norm, self.o_proj), None
 
     def convolve(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, cache: StateLayer | None

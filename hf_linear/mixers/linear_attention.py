@@ -10,7 +10,7 @@ from transformers import Cache, PreTrainedConfig
 
 from hf_linear.mixers.base import RecurrentMixer
 from hf_linear.modules.feature_maps import feature_map
-from hf_linear.modules.norm import GatedRMSNorm
+from hf_linear.modules.norm import GatedRMSNorm, project_heads
 from hf_linear.modules.padding import zero_padding
 from hf_linear.modules.projections import project, repeat_heads
 from hf_linear.ops import linear_attention
@@ -61,4 +61,4 @@ class LinearAttention(RecurrentMixer):
         if self.normalise:
             o, total = o[..., :-1], o[..., -1:]
             o = o / torch.where(total == 0, 1, total)  # where every score is zero, so is their weighted sum
-        return self.norm(o, None, self.o_proj), None
+        return project_heads(o, None, self.norm, self.o_proj), None

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import Cache, PreTrainedConfig
 
 from hf_linear.mixers.base import RecurrentMixer
-from hf_linear.modules.norm import GatedRMSNorm
+from hf_linear.modules.norm import GatedRMSNorm, project_heads
 from hf_linear.modules.padding import zero_padding
 from hf_linear.modules.projections import project, repeat_heads
 from hf_linear.modules.rotary import FREQUENCIES, angles, rotate
@@ -71,7 +71,7 @@ class Retention(RecurrentMixer):
 
         if self.config.retention_norm == "decay":
             o = o * self.decay_norm(position_ids, dtype).to(o.dtype)
-        return self.norm(o, gate[0] if gate else None, self.o_proj), None
+        return project_heads(o, gate[0] if gate else None, self.norm, self.o_proj), None
 
     def decay_norm(self, position_ids: Tensor, dtype: torch.dtype) -> Tensor:
         """1 / sqrt(sum_{i < n} gamma^i) = sqrt((1 - gamma) / (1 - gamma^n)) at n = position + 1, [B or 1, T, H, 1]."""

@@ -31,15 +31,22 @@ def add_norm(x: Tensor, y: Tensor | None, norm: nn.Module) -> tuple[Tensor, Tens
 
 
 class GatedRMSNorm(nn.RMSNorm):
-    """What becomes of the heads' outputs: linear(norm(o) * silu(gate))."""
+    """norm(o) * silu(gate), every head's norm by itself, the heads then side by side."""
 
-    def forward(self, o: Tensor, gate: Tensor | None, linear: nn.Module) -> Tensor:
-        """o: [B, T, H, V]; gate: [B, T, H V] or None for none; `linear` takes the heads side by side."""
+    def forward(self, o: Tensor, gate: Tensor | None = None) -> Tensor:
+        """o: [B, T, H, V]; gate: [B, T, H V], or None for none."""
         if available(o):
             from hf_linear.kernels import fused
 
-            if is_bare(linear):
-                return fused.norm_product(linear.weight, o, gate, self.weight, self.eps, factor_dtype(o))
-            return linear(fused.norm(o, gate, self.weight, self.eps, factor_dtype(o)).flatten(-2))
+            return fused.norm(o, gate, self.weight, self.eps, factor_dtype(o)).flatten(-2)
         y = super().forward(o).flatten(-2)
-        return linear(y if gate is None else y * F.silu(gate))
+        return y if gate is None else y * F.silu(gate)
+
+
+def project_heads(o: Tensor, gate: Tensor | None, norm: nn.Module, linear: nn.Module) -> Tensor:
+    """linear(norm(o, gate)). On a GPU nothing of the norm's is kept for the backward pass but its inputs."""
+    if available(o) and type(norm) is GatedRMSNorm and is_untouched(norm) and is_bare(linear):
+        from hf_linear.kernels import fused
+
+        return fused.norm_product(linear.weight, o, gate, norm.weight, norm.eps, factor_dtype(o))
+    return linear(norm(o, gate))
