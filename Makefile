@@ -4,7 +4,7 @@ TORCH ?= torch==2.13.0
 TRANSFORMERS ?= transformers>=5.17,<6
 RUN = .venv/bin/python
 
-.PHONY: demo test gpu-test lint types check bench gpu-bench clean
+.PHONY: demo test gpu-test lint types check bench clean
 
 demo: .venv/ready
 	$(RUN) -m training.demo
@@ -14,7 +14,7 @@ test: .venv/ready
 
 # On a machine with a GPU, with the Python that knows it.
 gpu-test:
-	$(PYTHON) -m pytest tests/test_kernels.py tests/test_step.py
+	$(PYTHON) -m pytest tests/test_kernels.py tests/test_kernels_in_training.py tests/test_fused.py tests/test_step.py
 
 lint: .venv/ready
 	$(RUN) -m ruff check .
@@ -25,12 +25,9 @@ types: .venv/ready
 
 check: lint types test
 
+# The CPU, the GPU if there is one, and the plots.
 bench: .venv/ready
-	$(RUN) -m benchmarks.ops
-
-gpu-bench:
-	$(PYTHON) -m benchmarks.kernels
-	$(PYTHON) -m benchmarks.decode
+	$(RUN) -m benchmarks
 
 .venv/ready: pyproject.toml
 	$(PYTHON) -m venv .venv

@@ -40,7 +40,9 @@ from hf_linear.inputs import (
 from hf_linear.mixers import MIXERS
 from hf_linear.mixers.attention import Attention
 from hf_linear.mixers.hyena import HyenaFilter
+from hf_linear.modules.loss import linear_cross_entropy
 from hf_linear.modules.mlp import GatedMLP
+from hf_linear.modules.norm import RMSNorm, add_norm
 from hf_linear.modules.rotary import ROPE_TYPES
 
 
@@ -55,6 +57,8 @@ class LinearConfig(PreTrainedConfig):
         sliding_window: tokens that a sliding attention layer sees.
         mixers: the mixer of each layer, by name; None for the family's own in every layer.
         layer_types: Transformers' words for the mixers; follows from `mixers`, and stands in for it when given alone.
+        fuse_linear_cross_entropy: in training with labels, compute the loss without ever holding the logits of all tokens. The
+            output then has none: Trainer needs them in evaluation alone, where they are there as ever.
     """
 
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "cache"]
@@ -86,6 +90,7 @@ class LinearConfig(PreTrainedConfig):
     bos_token_id: int | None = 1
     eos_token_id: int | list[int] | None = 2
     tie_word_embeddings: bool = False
+    fuse_linear_cross_entropy: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
         self.check_names(kwargs)
@@ -212,9 +217,10 @@ class DecoderLayer(GradientCheckpointingLayer):
         self.mlp = mlp(config)
 
     def forward(self, x: Tensor, **kwargs: Any) -> Tensor:
-        y, _ = self.mixer(self.mixer_norm(x), past_key_values=kwargs.pop(CACHE_NAME, None), **kwargs)
-        x = x + y
-        return x + self.mlp(self.mlp_norm(x))
+        x, normed = add_norm(x, None, self.mixer_norm)
+        y, _ = self.mixer(normed, past_key_values=kwargs.pop(CACHE_NAME, None), **kwargs)
+        x, normed = add_norm(x, y, self.mlp_norm)
+        return x + self.mlp(normed)
 
 
 class LinearPreTrainedModel(PreTrainedModel):
@@ -234,7 +240,7 @@ class LinearPreTrainedModel(PreTrainedModel):
         "hidden_states": DecoderLayer,
         "attentions": OutputRecorder(Attention, index=1),
     }
-    norm_class: ClassVar[type[nn.Module]] = nn.RMSNorm
+    norm_class: ClassVar[type[nn.Module]] = RMSNorm
     mlp_class: ClassVar[type[nn.Module]] = GatedMLP
 
     def __init__(self, config: LinearConfig, *args: Any, **kwargs: Any) -> None:
@@ -368,7 +374,10 @@ class LinearForCausalLM(LinearPreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Logits [B, T, vocab_size], and the loss for `labels` [B, T] (-100 where none is wanted)."""
+        """Logits [B, T, vocab_size], and the loss for `labels` [B, T] (-100 where none is wanted).
+
+        In training, `config.fuse_linear_cross_entropy` gives the loss alone.
+        """
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -378,11 +387,15 @@ class LinearForCausalLM(LinearPreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             **kwargs,
         )
-        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, keep])
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        loss = logits = None
+        if labels is not None and self.training and self.config.fuse_linear_cross_entropy:
+            known = {name: kwargs.get(name) for name in ("num_items_in_batch", "shift_labels")}
+            loss = linear_cross_entropy(outputs.last_hidden_state, self.lm_head, labels, **known)
+        else:
+            keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = self.lm_head(outputs.last_hidden_state[:, keep])
+            if labels is not None:
+                loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,

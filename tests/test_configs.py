@@ -125,6 +125,7 @@ SHARED = {
     "norm_eps": 1e-3,
     "initializer_range": 0.1,
     "attention_bias": True,
+    "fuse_linear_cross_entropy": True,
     "rope_parameters": {"rope_type": "linear", "rope_theta": 500.0, "factor": 2.0},
     "sliding_window": 7,
     "layer_types": ["linear_attention", "full_attention", "sliding_attention"],

@@ -6,13 +6,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import Cache, PreTrainedConfig
 
 from hf_linear.cache import StateLayer
 from hf_linear.mixers.base import RecurrentMixer
+from hf_linear.modules.decay import log_decay
 from hf_linear.modules.feature_maps import feature_map
+from hf_linear.modules.norm import GatedRMSNorm, project_heads
 from hf_linear.modules.padding import zero_padding
+from hf_linear.modules.projections import project, repeat_heads
 from hf_linear.modules.short_conv import ShortConv
 from hf_linear.ops import gated_linear_attention
 
@@ -43,7 +45,7 @@ class GatedLinearAttention(RecurrentMixer):
         )
         if config.use_output_gate:
             self.g_proj = nn.Linear(config.hidden_size, value_dim * self.groups, bias=False)
-        self.norm = nn.RMSNorm(self.head_v, eps=config.norm_eps, elementwise_affine=config.elementwise_affine)
+        self.norm = GatedRMSNorm(self.head_v, eps=config.norm_eps, elementwise_affine=config.elementwise_affine)
         self.o_proj = nn.Linear(config.value_dim, config.hidden_size, bias=False)
         self.phi = feature_map(config.feature_map)
 
@@ -58,23 +60,20 @@ class GatedLinearAttention(RecurrentMixer):
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
         cache = self.state(past_key_values)
-        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        gated = [self.g_proj] if self.config.use_output_gate else []
+        q, k, v, low, *gate = project(x, self.q_proj, self.k_proj, self.v_proj, self.gk_proj[0], *gated)
         states = {}
         if self.config.use_short_conv:
             q, k, v, states["conv"] = self.convolve(q, k, v, attention_mask, cu_seqlens, cache)
         q, k = (self.phi(y.unflatten(-1, (-1, self.head_k))) for y in (q, k))
         v = v.unflatten(-1, (-1, self.head_v))
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        g = F.logsigmoid(self.gk_proj(x).to(dtype)).unflatten(-1, (-1, self.head_k)) / self.config.gate_logit_normalizer
+        g = log_decay(self.gk_proj[1](low), self.config.gate_logit_normalizer).unflatten(-1, (-1, self.head_k))
         if self.config.clamp_min is not None:
             g = g.clamp(min=self.config.clamp_min)
         k, g = zero_padding(attention_mask, k, g)
-        k, v, g = (y.repeat_interleave(self.groups, dim=2) for y in (k, v, g))
+        k, v, g = (repeat_heads(y, self.groups) for y in (k, v, g))
         o = self.attend(gated_linear_attention, q, k, v, g, cache, cu_seqlens, **states)
-        o = self.norm(o).flatten(-2)
-        if self.config.use_output_gate:
-            o = o * F.silu(self.g_proj(x))
-        return self.o_proj(o), None
+        return project_heads(o, gate[0] if gate else None, self.norm, self.o_proj), None
 
     def convolve(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, cache: StateLayer | None

@@ -10,7 +10,9 @@ from transformers import Cache, PreTrainedConfig
 
 from hf_linear.mixers.base import RecurrentMixer
 from hf_linear.modules.feature_maps import feature_map
+from hf_linear.modules.norm import GatedRMSNorm, project_heads
 from hf_linear.modules.padding import zero_padding
+from hf_linear.modules.projections import project, repeat_heads
 from hf_linear.ops import linear_attention
 
 
@@ -31,7 +33,7 @@ class LinearAttention(RecurrentMixer):
         self.q_proj = nn.Linear(config.hidden_size, config.key_dim, bias=False)
         self.k_proj = nn.Linear(config.hidden_size, config.num_kv_heads * self.head_k, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, config.num_kv_heads * self.head_v, bias=False)
-        self.norm = nn.RMSNorm(self.head_v, eps=config.norm_eps)
+        self.norm = GatedRMSNorm(self.head_v, eps=config.norm_eps)
         self.o_proj = nn.Linear(config.value_dim, config.hidden_size, bias=False)
 
     def forward(
@@ -44,15 +46,15 @@ class LinearAttention(RecurrentMixer):
         past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
-        q = self.phi(self.q_proj(x).unflatten(-1, (-1, self.head_k)))
-        k = self.phi(self.k_proj(x).unflatten(-1, (-1, self.head_k)))
-        v = self.v_proj(x).unflatten(-1, (-1, self.head_v))
+        q, k, v = project(x, self.q_proj, self.k_proj, self.v_proj)
+        q, k = (self.phi(y.unflatten(-1, (-1, self.head_k))) for y in (q, k))
+        v = v.unflatten(-1, (-1, self.head_v))
         if self.normalise:
             v = torch.cat([v, torch.ones_like(v[..., :1])], -1)
         (k,) = zero_padding(attention_mask, k)
-        k, v = (y.repeat_interleave(self.groups, dim=2) for y in (k, v))
+        k, v = (repeat_heads(y, self.groups) for y in (k, v))
         o = self.attend(linear_attention, q, k, v, None, self.state(past_key_values), cu_seqlens)
         if self.normalise:
             o, total = o[..., :-1], o[..., -1:]
             o = o / torch.where(total == 0, 1, total)  # where every score is zero, so is their weighted sum
-        return self.o_proj(self.norm(o).flatten(-2)), None
+        return project_heads(o, None, self.norm, self.o_proj), None

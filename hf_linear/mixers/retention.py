@@ -6,11 +6,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import Cache, PreTrainedConfig
 
 from hf_linear.mixers.base import RecurrentMixer
+from hf_linear.modules.norm import GatedRMSNorm, project_heads
 from hf_linear.modules.padding import zero_padding
+from hf_linear.modules.projections import project, repeat_heads
 from hf_linear.modules.rotary import FREQUENCIES, angles, rotate
 from hf_linear.ops import linear_attention, retention_decay
 
@@ -36,7 +37,7 @@ class Retention(RecurrentMixer):
         self.v_proj = nn.Linear(config.hidden_size, config.num_kv_heads * self.head_v, bias=False)
         if config.use_output_gate:
             self.g_proj = nn.Linear(config.hidden_size, config.value_dim, bias=False)
-        self.norm = nn.RMSNorm(self.head_v, eps=config.norm_eps, elementwise_affine=config.elementwise_affine)
+        self.norm = GatedRMSNorm(self.head_v, eps=config.norm_eps, elementwise_affine=config.elementwise_affine)
         self.o_proj = nn.Linear(config.value_dim, config.hidden_size, bias=False)
 
     def forward(
@@ -49,15 +50,15 @@ class Retention(RecurrentMixer):
         past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
-        q = self.q_proj(x).unflatten(-1, (-1, self.head_k))
-        k = self.k_proj(x).unflatten(-1, (-1, self.head_k))
-        v = self.v_proj(x).unflatten(-1, (-1, self.head_v))
+        gated = [self.g_proj] if self.config.use_output_gate else []
+        q, k, v, *gate = project(x, self.q_proj, self.k_proj, self.v_proj, *gated)
+        q, k, v = (y.unflatten(-1, (-1, width)) for y, width in ((q, self.head_k), (k, self.head_k), (v, self.head_v)))
         dtype = torch.promote_types(x.dtype, torch.float32)
         frequencies = FREQUENCIES[self.config.rope_frequencies](self.head_k, THETA, x.device, dtype)
         turn = angles(position_ids, frequencies)
         q, k = (rotate(y, turn, self.config.rope_style) for y in (q, k))
         (k,) = zero_padding(attention_mask, k)
-        k, v = (y.repeat_interleave(self.groups, dim=2) for y in (k, v))
+        k, v = (repeat_heads(y, self.groups) for y in (k, v))
 
         g = retention_decay(q.shape[2], x.device, dtype)
         if attention_mask is not None:  # the decay is the identity on a pad
@@ -66,10 +67,7 @@ class Retention(RecurrentMixer):
 
         if self.config.retention_norm == "decay":
             o = o * self.decay_norm(position_ids, dtype).to(o.dtype)
-        o = self.norm(o).flatten(-2)
-        if self.config.use_output_gate:
-            o = o * F.silu(self.g_proj(x))
-        return self.o_proj(o), None
+        return project_heads(o, gate[0] if gate else None, self.norm, self.o_proj), None
 
     def decay_norm(self, position_ids: Tensor, dtype: torch.dtype) -> Tensor:
         """1 / sqrt(sum_{i < n} gamma^i) = sqrt((1 - gamma) / (1 - gamma^n)) at n = position + 1, [B or 1, T, H, 1]."""

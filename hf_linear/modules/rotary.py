@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from hf_linear.modules.fused import available
+
 STYLES = ("half", "interleaved")
 ROPE_TYPES = ("default", *ROPE_INIT_FUNCTIONS)
 
@@ -31,8 +33,12 @@ def rotate(x: Tensor, angles: Tensor, style: str, scale: float = 1.0) -> Tensor:
 
     Style "half" pairs channel i with i + R / 2, "interleaved" pairs 2 i with 2 i + 1.
     """
-    R = 2 * angles.shape[-1]
-    cos, sin = (scale * angles.cos())[:, :, None], (scale * angles.sin())[:, :, None]
+    cos, sin = scale * angles.cos(), scale * angles.sin()
+    if available(x):
+        from hf_linear.kernels import fused
+
+        return fused.rotate(x, cos, sin, style == "interleaved")
+    R, cos, sin = 2 * angles.shape[-1], cos[:, :, None], sin[:, :, None]
     turned, rest = x[..., :R].to(angles.dtype), x[..., R:]
     a, b = turned.chunk(2, -1) if style == "half" else turned.unflatten(-1, (-1, 2)).unbind(-1)
     pair = a * cos - b * sin, b * cos + a * sin

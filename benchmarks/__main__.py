@@ -1,0 +1,10 @@
+"""`make bench`: the ops on this CPU, the kernels and whole models on the GPU if there is one, then the plots of all results."""
+
+import subprocess
+import sys
+
+import torch
+
+# Each in a process of its own: none inherits the memory or the compiled kernels of another.
+for script in ["ops", *["kernels", "decode", "models"] * torch.cuda.is_available(), "roofline"]:
+    subprocess.run([sys.executable, "-m", f"benchmarks.{script}"], check=True)
