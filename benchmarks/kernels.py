@@ -75,6 +75,10 @@ class Case:
             return chunk_retention(q, k, v, output_final_state=True)[0]
         return chunk_simple_gla(q, k, v, g=g, output_final_state=True)[0]
 
+    def peer_differentiates(self) -> bool:
+        """fla 0.6.0 refuses the gradient of a decay a token on Hopper before Triton 3.7.1, whose results would be wrong."""
+        return chunk_gla is not None and self.case != PER_TOKEN
+
     def forward(self, call: Callable[[], Tensor]) -> Callable[[], Tensor]:
         def run() -> Tensor:
             with torch.no_grad():
@@ -85,12 +89,18 @@ class Case:
     def both(self, call: Callable[[], Tensor]) -> Callable[[], tuple[Tensor, ...]]:
         return lambda: torch.autograd.grad(call(), self.learned, self.do)
 
-    def floor(self, copy: float, product: float) -> float:
-        """Milliseconds that the forward pass takes at least: its bytes, or its products in chunks of 64, each only once."""
+    def floor(self, copy: float, product: float, gradients: bool) -> float:
+        """Milliseconds that a pass takes at least: its bytes, or its products in chunks of 64, each only once.
+
+        The gradients read the inputs and do again and write one for each input, and take two products for one.
+        """
         B, T, H, K, V = self.shape
-        moved = sum(x.numel() * x.element_size() for x in (*self.learned, self.v))
+        size = sum(x.numel() * x.element_size() for x in (*self.learned, self.v))
         flops = 2 * B * T * H * (64 * (K + V) + 2 * K * V)
-        return 1e3 * max(moved / copy, flops / product)
+        if gradients:
+            size += size + sum(x.numel() * x.element_size() for x in self.learned)
+            flops *= 3
+        return 1e3 * max(size / copy, flops / product)
 
 
 def ceilings() -> tuple[float, float]:
@@ -114,10 +124,12 @@ def ops() -> None:
     for shape, name in CASES:
         case = Case(shape, name)
         for metric, of in (("fwd", case.forward), ("fwd+bwd", case.both)):
-            peer = None if chunk_gla is None else do_bench(of(case.peer), **MILLISECONDS)
+            known = chunk_gla is not None and (metric == "fwd" or case.peer_differentiates())
+            peer = do_bench(of(case.peer), **MILLISECONDS) if known else None
             ours = do_bench(of(case.ours), **MILLISECONDS)
-            row(case, metric, "ms", ours, PEER, peer, case.floor(copy, product) if metric == "fwd" else None)
-        row(case, "peak", "MB", peak(case.both(case.ours)), PEER, None if chunk_gla is None else peak(case.both(case.peer)))
+            row(case, metric, "ms", ours, PEER, peer, case.floor(copy, product, metric != "fwd"))
+        memory = peak(case.both(case.peer)) if case.peer_differentiates() else None
+        row(case, "peak", "MB", peak(case.both(case.ours)), PEER, memory)
 
 
 def peak(call: Callable) -> float:

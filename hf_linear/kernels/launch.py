@@ -1,8 +1,7 @@
 """Launching kernels: on the tensors' device, and without asking Triton at every call which of its compilations serves.
 
 Triton reads the type, value and alignment of every argument to find the compiled kernel, which takes the host longer than the
-GPU takes for a small shape. Here they follow from the first argument's dtype and the constants: tensors are `ready`, numbers
-are not specialised, and dtypes of further tensors go with the first one's.
+GPU takes for a small shape. Here dtypes and constants say it: tensors are `ready`, and numbers are not specialised.
 """
 
 from __future__ import annotations
@@ -24,7 +23,8 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> 
         kernel[grid](*args, **constants)
         return
     grid = (*grid, 1, 1)[:3]
-    key = (id(kernel), torch.cuda.current_device(), args[0].dtype, *constants.values())
+    types = [x.dtype if isinstance(x, Tensor) else x is None for x in args]
+    key = (id(kernel), torch.cuda.current_device(), *types, *constants.values())
     if key in compiled:
         binary, values = compiled[key]
         # Of an address Triton does not ask the driver whose it is.

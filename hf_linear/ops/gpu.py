@@ -15,10 +15,10 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None  # without importing
 
 
 def chosen(backend: str, q: Tensor, v: Tensor) -> bool:
-    """Whether the kernels run: where named, and by default on a GPU for anything longer than one token."""
+    """Whether the kernels run: where named, and by default on a GPU that has them."""
     if backend == "triton" and (reason := refusal(q, v)):
         raise ValueError(f'backend="triton": {reason}')
-    return backend == "triton" or (backend == "auto" and v.is_cuda and q.shape[1] > 1 and refusal(q, v) is None)
+    return backend == "triton" or (backend == "auto" and v.is_cuda and refusal(q, v) is None)
 
 
 def refusal(q: Tensor, v: Tensor) -> str | None:
