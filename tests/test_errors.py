@@ -37,8 +37,9 @@ def model_of(name: str, **overrides) -> PreTrainedModel:
 
 
 def refuses(*parts: str):
-    """A ValueError with all of these in its message, in any order."""
-    return pytest.raises(ValueError, match="(?s)" + "".join(f"(?=.*{re.escape(part)})" for part in parts))
+    """A ValueError with all of these in its message, in any order, and the way out behind a colon at its end."""
+    way_out = r"(?=.*: [`\"A-Za-z][^:]*$)"
+    return pytest.raises(ValueError, match="(?s)" + way_out + "".join(f"(?=.*{re.escape(part)})" for part in parts))
 
 
 def cases(names: str, **rows: tuple):
@@ -191,8 +192,12 @@ def test_a_mask_is_of_zeros_and_ones(name, values, got):
 def test_padding_inside_a_sliding_window():
     model = tiny_model("hybrid-sliding")
     mask = torch.tensor([[1] * 8 + [0] * 2 + [1] * 3])
-    with refuses("sliding_window = 8", "got some", "pad the first call on the left"):
-        model(ids(1, 3), attention_mask=mask, past_key_values=filled(model, 10))
+    for call in (
+        lambda: model(ids(1, 3), attention_mask=mask, past_key_values=filled(model, 10)),
+        lambda: model(ids(1, 13), attention_mask=mask),
+    ):
+        with refuses("sliding_window = 8", "got some", "pad on the left"):
+            call()
 
 
 # --- Longer than a filter of Hyena -----------------------------------------------------------------------------------
@@ -216,7 +221,7 @@ def test_longer_than_a_filter(name, call):
 
 @pytest.mark.parametrize("name", HYENA)
 def test_a_packed_document_longer_than_a_filter(name):
-    with refuses(f"{LONGEST + 1} tokens", f"L = {LONGEST}", "shorten the sequence"):
+    with refuses(f"max_position_embeddings = {LONGEST}", "document", f"got {LONGEST + 1} tokens", "shorten it, or train"):
         tiny_model(name)(ids(1, LONGEST + 9), cu_seq_lens_q=boundaries(LONGEST + 1, 8))
 
 

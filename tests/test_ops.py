@@ -502,7 +502,7 @@ def plain(message: str) -> str:
 
 
 def check_error(case: Case, changes: dict, name: str, got: str, wanted: str) -> None:
-    """A ValueError that names the argument, what was got and what was wanted (all three patterns)."""
+    """A ValueError that names the argument, what was got and what was wanted (all three patterns), and then the way out."""
     N = 2 if "cu_seqlens" in changes else None
     inputs = case.sample(6, B=2 if N is None else 1, N=N, dtype=torch.float32, K=5, V=4, P=2) | case.options | changes
     for backend in [changes["backend"]] if "backend" in changes else ["auto", *BACKENDS]:
@@ -512,6 +512,7 @@ def check_error(case: Case, changes: dict, name: str, got: str, wanted: str) -> 
         assert re.search(rf"\b{name}\b", message), f"{message!r} names no {name}"
         assert re.search(got, message), f"{message!r} does not say what was got: {got}"
         assert re.search(wanted, message), f"{message!r} does not say what was wanted: {wanted}"
+        assert re.search(r"\bgot\b.*: \S.*\w", message), f"{message!r} shows no way out"
 
 
 def wrong(id: str, name: str, value, got: str, wanted: str, **more):
@@ -581,6 +582,14 @@ def test_attention_errors(case, changes, name, got, wanted):
     if case in GATED and "g" in changes:  # the same mistake in GLA's shape
         changes = changes | {"g": changes["g"][..., None].expand(*changes["g"].shape, 5)}
     check_error(case, changes, name, got, wanted)
+
+
+@pytest.mark.parametrize("value", [0.25, torch.inf])
+@named([*LINEAR_ATTENTION[1:], *GATED])
+def test_a_log_decay_is_not_positive(case, value):
+    g = case.sample(6, dtype=torch.float32, K=5, V=4)["g"]
+    g.view(-1)[-1] = value
+    check_error(case, {"g": g}, "g", rf"\b{value}\b", "log-decay <= 0")
 
 
 def of_shape(*shapes: tuple[int, ...]):

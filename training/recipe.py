@@ -122,12 +122,12 @@ class Recipe:
 def load_recipe(path: str | Path, overrides: Collection[str] = ()) -> Recipe:
     """Reads a recipe; `overrides` such as "trainer.max_steps=10" replace or add single values."""
     if not Path(path).is_file():
-        raise ValueError(f"recipe: got {str(path)!r}, which is no file; wanted a YAML file such as training/recipes/demo.yaml.")
+        raise ValueError(f"recipe: got {str(path)!r}, which is no file; wanted a YAML file. Try training/recipes/demo.yaml.")
     values = yaml.load(Path(path).read_text(encoding="utf-8"), Loader)
     for override in overrides:
         keys, equals, value = override.partition("=")
         if not equals:
-            raise ValueError(f"override: got {override!r}; wanted section.key=value, such as trainer.max_steps=10.")
+            raise ValueError(f"override: got {override!r}; wanted section.key=value. Write it as trainer.max_steps=10.")
         *sections, key = keys.split(".")
         target = values
         for section in sections:
@@ -146,7 +146,10 @@ def recipe_parser(description: str) -> ArgumentParser:
 def build(cls: type, section: str, values: Any):
     """Makes the dataclass `cls` of a mapping, and says what is wrong with the mapping if it cannot."""
     if not isinstance(values, dict):
-        raise ValueError(f"{section}: got {values!r}; wanted keys and values: {', '.join(sorted(field_names(cls)))}.")
+        raise ValueError(
+            f"{section}: got {values!r}; wanted keys and values: {', '.join(sorted(field_names(cls)))}. "
+            "Write key: value, one a line."
+        )
     check_keys(section, values, field_names(cls))
     required = {f.name for f in dataclasses.fields(cls) if f.default is MISSING and f.default_factory is MISSING}
     if missing := required - values.keys():

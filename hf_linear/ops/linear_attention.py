@@ -11,6 +11,7 @@ from hf_linear.ops import chunked, gpu, reference
 from hf_linear.ops.dispatch import (
     Backend,
     check_floating,
+    check_log_decay,
     check_packed,
     check_sequence,
     check_shape,
@@ -19,6 +20,8 @@ from hf_linear.ops.dispatch import (
     run,
 )
 
+GROUPED = "give every query head a key and a value, with repeat_interleave(groups, dim=2) where heads share them"
+ONE_A_HEAD = "give one log-decay a head"
 STATE_LAYOUT = "[B, H, K, V] (packed: [N, H, K, V])"
 IMPLEMENTATIONS = {"reference": reference.linear_attention, "chunked": chunked.linear_attention}
 
@@ -61,9 +64,10 @@ def linear_attention(
     if g is None:
         g = q.new_zeros(H)
     elif g.dim() == 1:
-        check_shape("g", g, "[H]", (H,))
+        check_shape("g", g, "[H]", (H,), ONE_A_HEAD)
     else:
-        check_shape("g", g, "[H] or [B, T, H]", (B, T, H))
+        check_shape("g", g, "[H] or [B, T, H]", (B, T, H), "a decay a key channel is for gated_linear_attention")
+    check_log_decay(g)
     return attend(IMPLEMENTATIONS, backend, q, k, v, g.expand(B, T, H), scale, initial_state, cu_seqlens)
 
 
@@ -80,10 +84,10 @@ def prepare(
     check_floating(q=q, k=k, v=v, g=g, initial_state=initial_state)
     check_sequence("q", q, "[B, T, H, K]", dim=1)
     B, T, H, K = q.shape
-    check_shape("k", k, "[B, T, H, K] as q", (B, T, H, K))
+    check_shape("k", k, "[B, T, H, K] as q", (B, T, H, K), GROUPED)
     check_sequence("v", v, "[B, T, H, V]", dim=1)
     V = v.shape[-1]
-    check_shape("v", v, "[B, T, H, V] as q", (B, T, H, V))
+    check_shape("v", v, "[B, T, H, V] as q", (B, T, H, V), GROUPED)
     check_packed(cu_seqlens, q, T)
     if initial_state is not None:
         check_state("initial_state", initial_state, STATE_LAYOUT, state_shape(q, v, cu_seqlens), compute_dtype(v))
