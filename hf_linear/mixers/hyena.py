@@ -142,7 +142,8 @@ class HyenaFilter(nn.Module):
             if self.config.filter_normalize:
                 h = h / h.abs().sum(-1, keepdim=True)
         per_order = (self.config.hyena_order - 1, -1)
-        return h.T.unflatten(0, per_order), self.skip.unflatten(0, per_order)
+        # A copy of the skips: FSDP2 takes the parameters of a module back when its forward ends.
+        return h.T.unflatten(0, per_order), self.skip.clone().unflatten(0, per_order)
 
     def window(self, length: int, like: Tensor) -> Tensor:
         """exp(-t |delta|) + shift, [length, channels]; t runs from 0 to 1 over the whole filter."""
