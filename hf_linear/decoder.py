@@ -343,7 +343,7 @@ class LinearModel(LinearPreTrainedModel):
         if "full_attention" in kinds:
             masks["full_attention"] = create_causal_mask(**arguments, layer_idx=kinds.index("full_attention"))
         if "sliding_attention" in kinds:
-            check_window(attention_mask, self.config.sliding_window)
+            check_window(attention_mask, past_key_values, self.config.sliding_window)
             layer_idx = kinds.index("sliding_attention")
             masks["sliding_attention"] = create_sliding_window_causal_mask(**arguments, layer_idx=layer_idx)
         return masks

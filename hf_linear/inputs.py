@@ -31,9 +31,11 @@ def padding_mask(attention_mask: Tensor | None, T: int) -> Tensor | None:
     return attention_mask[:, -T:].clone(memory_format=torch.contiguous_format)
 
 
-def check_window(attention_mask: Tensor | None, window: int) -> None:
-    """A sliding window counts places: with padding inside it, it would reach fewer tokens than it should."""
-    if attention_mask is None or attention_mask.shape[1] <= window or torch.compiler.is_compiling():
+def check_window(attention_mask: Tensor | None, past_key_values: Cache | None, window: int) -> None:
+    """A sliding window counts places in the cache: with padding inside it, it would reach fewer tokens than it should."""
+    if attention_mask is None or past_key_values is None or attention_mask.shape[1] <= window:
+        return
+    if past_key_values.get_seq_length() == 0 or torch.compiler.is_compiling():
         return
     real = attention_mask != 0
     begun = real.cumsum(1) > 0
@@ -41,7 +43,7 @@ def check_window(attention_mask: Tensor | None, window: int) -> None:
     if bool((interrupted & real).any()):
         raise ValueError(
             f"attention_mask must not have padding inside a sequence longer than sliding_window = {window}, got some: "
-            "pad on the left, in the first call"
+            "pad the first call on the left"
         )
 
 

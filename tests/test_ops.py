@@ -141,14 +141,27 @@ def test_second_derivatives(case):
     assert gradgradcheck(function, tensors, fast_mode=True)
 
 
+# Documents over several pieces, several documents in a piece, none, and borders that are those of pieces.
+@pytest.mark.parametrize("lengths", [None, [150, 50], [0, 64, 10, 20, 0, 34, 72, 0]], ids=["whole", "two", "many"])
 @named(GATED)
-def test_a_long_sequence_in_pieces(case, monkeypatch):
-    """A CPU works on chunks piece by piece; pieces share no sum."""
-    inputs = case.sample(200)
-    expected = outputs_and_gradients(partial(case, "chunked"), inputs)
-    monkeypatch.setattr(chunked_ops, "PIECE", 1)
-    actual = outputs_and_gradients(partial(case, "chunked"), inputs)
-    assert_equal_to_rounding(actual, expected, inputs, SAME_SUMS)
+def test_a_long_sequence_in_pieces(case, lengths, monkeypatch):
+    """A CPU works piece by piece and carries the state on, to second derivatives."""
+    index = {} if lengths is None else {"cu_seqlens": torch.tensor([0, *lengths]).cumsum(0)}
+    function = partial(case, "chunked", **index)
+    inputs = case.sample(200, B=2 if lengths is None else 1, N=lengths and len(lengths), H=2, K=3, V=2)
+    expected = outputs_and_gradients(function, inputs)
+    monkeypatch.setattr(chunked_ops, "PIECE", 64)
+    assert_equal_to_rounding(outputs_and_gradients(function, inputs), expected, inputs, ROUNDING)
+    tensors = [x.requires_grad_() for x in inputs.values()]
+    assert gradgradcheck(lambda *x: function(**dict(zip(inputs, x, strict=True))), tensors, fast_mode=True)
+
+
+def test_no_pieces_in_a_graph(monkeypatch):
+    """A graph of pieces would grow with the sequence."""
+    monkeypatch.setattr(chunked_ops, "PIECE", 64)
+    monkeypatch.setattr(chunked_ops, "in_pieces", None)
+    torch._dynamo.reset()
+    torch.compile(partial(GATED[0], "chunked"), fullgraph=True, backend="eager")(**GATED[0].sample(200))
 
 
 # --- Lower precision ---
