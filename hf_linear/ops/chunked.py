@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from hf_linear.ops.dispatch import check_filter, readable
 
 CHUNK = 64
-PIECE = 1024  # tokens
+PIECE = 2048  # tokens
 
 
 class Chunks:
@@ -141,19 +141,17 @@ def in_pieces(
     op: Callable, q: Tensor, k: Tensor, v: Tensor, g: Tensor, scale: float, state: Tensor, cu_seqlens: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """A long sequence piece by piece, the state carried on: the memory that one piece works in serves the next."""
-    outputs, start = [], 0
-    for piece in zip(*(x.split(PIECE, dim=1) for x in (q, k, v, g)), strict=True):
-        if cu_seqlens is None:
-            o, state = op(*piece, scale, state, None)
-        else:
-            bounds = (cu_seqlens - start).clamp(0, piece[0].shape[1])  # a document elsewhere has no token here
-            (here,) = bounds.diff().nonzero(as_tuple=True)
-            first, last = int(here[0]), int(here[-1]) + 1
-            o, there = op(*piece, scale, state[first:last], bounds[first : last + 1])
-            state = torch.cat([state[:first], there, state[last:]])
+    outputs, states = [], list(state.split(1)) if cu_seqlens is not None else [state]
+    for i, piece in enumerate(zip(*(x.split(PIECE, dim=1) for x in (q, k, v, g)), strict=True)):
+        here, bounds = slice(None), None
+        if cu_seqlens is not None:
+            bounds = (cu_seqlens - i * PIECE).clamp(0, piece[0].shape[1])  # a document elsewhere has no token here
+            begins, ends = bounds.diff().nonzero()[[0, -1], 0].tolist()
+            here, bounds = slice(begins, ends + 1), bounds[begins : ends + 2]
+        o, state = op(*piece, scale, torch.cat(states[here]), bounds)
+        states[here] = state.split(1) if cu_seqlens is not None else [state]
         outputs.append(o)
-        start += PIECE
-    return torch.cat(outputs, 1), state
+    return torch.cat(outputs, 1), torch.cat(states)
 
 
 def finish(

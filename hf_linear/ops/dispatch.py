@@ -69,9 +69,9 @@ def readable(x: Tensor) -> bool:
 
 
 def check_log_decay(g: Tensor) -> None:
-    if readable(g) and bool((g > 0).any()):
+    if readable(g) and g.numel() > 0 and (largest := g.max().item()) > 0:
         raise ValueError(
-            f"g must be a natural log-decay <= 0, got values up to {g.max().item():.3g}: take the log of a decay in (0, 1], "
+            f"g must be a natural log-decay <= 0, got values up to {largest:.3g}: take the log of a decay in (0, 1], "
             "or logsigmoid of anything"
         )
 
