@@ -39,7 +39,7 @@ def gated_linear_attention(
         o [B, T, H, V] in v's dtype, and the final state, shaped and typed as `initial_state`.
 
     Raises:
-        ValueError: a shape, dtype, device or backend is not as above.
+        ValueError: a shape, dtype, device or backend is not as above; on a CPU also the values of g and `cu_seqlens`.
 
     Source: Yang et al. 2023, arXiv 2312.06635, eq. 3.
     """

@@ -54,7 +54,7 @@ def linear_attention(
         o [B, T, H, V] in v's dtype, and the final state, shaped and typed as `initial_state`.
 
     Raises:
-        ValueError: a shape, dtype, device or backend is not as above.
+        ValueError: a shape, dtype, device or backend is not as above; on a CPU also the values of g and `cu_seqlens`.
 
     Source: Katharopoulos et al. 2020, arXiv 2006.16236, eq. 16-18; RetNet, arXiv 2307.08621, eq. 6;
     Mamba-2, arXiv 2405.21060, eq. 16.
