@@ -121,7 +121,9 @@ class LinearConfig(PreTrainedConfig):
     def from_preset(cls, name: str, **overrides: Any) -> LinearConfig:
         """The config of a published shape, by name."""
         if name not in cls.presets:
-            raise ValueError(f"preset of {cls.model_type} must be one of {sorted(cls.presets)}, got {name!r}")
+            raise ValueError(
+                f"preset of {cls.model_type} must be one of {sorted(cls.presets)}, got {name!r}: other shapes are set by fields"
+            )
         return cls(**{**cls.presets[name], **overrides})
 
     def for_mixer(self, name: str) -> LinearConfig:
@@ -149,12 +151,17 @@ class LinearConfig(PreTrainedConfig):
     def check_least(self, **bounds: int) -> None:
         for name, bound in bounds.items():
             if getattr(self, name) < bound:
-                raise ValueError(f"{name} of {self.model_type} must be {bound} or more, got {getattr(self, name)}")
+                raise ValueError(
+                    f"{name} of {self.model_type} must be {bound} or more, got {getattr(self, name)}: "
+                    "leave it out for the default"
+                )
 
     def check_choice(self, name: str, choices: Collection) -> None:
         value = getattr(self, name)
         if value not in choices:
-            raise ValueError(f"{name} of {self.model_type} must be one of {sorted(choices)}, got {value!r}")
+            raise ValueError(
+                f"{name} of {self.model_type} must be one of {sorted(choices)}, got {value!r}: leave it out for the default"
+            )
 
     def set_layers(self) -> None:
         """Fill `mixers` and `layer_types` from each other and check that they agree."""
@@ -167,7 +174,7 @@ class LinearConfig(PreTrainedConfig):
             kinds = self.layer_types or ["linear_attention"] * self.num_hidden_layers
             unknown = sorted(set(kinds) - set(names))
             if unknown:
-                raise ValueError(f"layer_types must be of {sorted(names)}, got {unknown}")
+                raise ValueError(f"layer_types must be of {sorted(names)}, got {unknown}: name other layers in `mixers`")
             self.mixers = [names[kind] for kind in kinds]
         unknown = sorted(set(self.mixers) - set(self.known_mixers()))
         if unknown:
@@ -293,8 +300,8 @@ class LinearModel(LinearPreTrainedModel):
             past_key_values: a cache of this model; also taken as `cache`. A packed row has none.
         """
         if (input_ids is None) == (inputs_embeds is None):
-            got = "neither" if input_ids is None else "both"
-            raise ValueError(f"give exactly one of input_ids and inputs_embeds, got {got}")
+            got, remedy = ("neither", "add one") if input_ids is None else ("both", "leave one out")
+            raise ValueError(f"give exactly one of input_ids and inputs_embeds, got {got}: {remedy}")
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         check_inputs(x, self.config.hidden_size, position_ids)
         mixers = [layer.mixer for layer in self.layers]

@@ -16,7 +16,8 @@ def padding_mask(attention_mask: Tensor | None, T: int) -> Tensor | None:
     if attention_mask.dim() != 2:
         raise ValueError(
             f"attention_mask must be [B, T] with 0 on padding, got {list(attention_mask.shape)}: "
-            "a recurrent layer passes every token on to all later ones and can hide padding only"
+            "a recurrent layer passes every token on to all later ones and can hide padding only; "
+            "tell packed documents apart with cu_seq_lens_q"
         )
     if not torch.compiler.is_compiling():
         if bool((attention_mask == 1).all()):
@@ -26,7 +27,8 @@ def padding_mask(attention_mask: Tensor | None, T: int) -> Tensor | None:
                 f"attention_mask must be 1 on tokens and 0 on padding, got values from {attention_mask.min().item()} to "
                 f"{attention_mask.max().item()}: tell packed documents apart with cu_seq_lens_q"
             )
-    return attention_mask[:, -T:]
+    # With strides of its own: those of a view grow with the mask, and a graph is compiled anew for each.
+    return attention_mask[:, -T:].clone(memory_format=torch.contiguous_format)
 
 
 def check_window(attention_mask: Tensor | None, past_key_values: Cache | None, window: int) -> None:
@@ -67,7 +69,7 @@ def check_inputs(x: Tensor, hidden_size: int, position_ids: Tensor | None) -> No
     if x.dim() != 3 or x.shape[1] == 0 or x.shape[2] != hidden_size:
         raise ValueError(
             f"input_ids must be [B, T] or inputs_embeds [B, T, hidden_size = {hidden_size}] with T >= 1, "
-            f"got embeddings of shape {list(x.shape)}"
+            f"got embeddings of shape {list(x.shape)}: add the missing axis or tokens, or project to hidden_size"
         )
     B, T = x.shape[:2]
     if position_ids is not None and tuple(position_ids.shape) not in ((B, T), (1, T)):

@@ -79,7 +79,7 @@ def write_card(
         license: of the weights, such as "apache-2.0"; left out when None, as only their author can choose it.
         base_model: repository of the model that this one was trained from.
         datasets: Hub name or names of the training data.
-        metrics: figures of an evaluation, such as {"perplexity": 12.3}.
+        metrics: figures of an evaluation, such as {"perplexity": 12.3}; those that a training run left there when None.
         evaluated_on: the data that `metrics` were measured on; the training data when None and there is one data set.
         overwrite: replace the README.md that is there.
 
@@ -94,6 +94,8 @@ def write_card(
     if readme.exists() and not overwrite:
         raise FileExistsError(f"{readme} exists and may be somebody's work; replace it with overwrite=True (--overwrite)")
     datasets = [datasets] if isinstance(datasets, str) else list(datasets)
+    if metrics is None:
+        metrics, evaluated_on = read_metrics(folder), evaluated_on or "held-out documents"
     if metrics and evaluated_on is None:
         if len(datasets) != 1:
             raise ValueError(
@@ -107,7 +109,7 @@ def write_card(
         EvalResult(
             task_type=facts.task, dataset_type=evaluated_on, dataset_name=evaluated_on, metric_type=metric, metric_value=value
         )
-        for metric, value in (metrics or {}).items()
+        for metric, value in metrics.items()
     ]
     card_data = ModelCardData(
         language=language,
@@ -131,6 +133,14 @@ def write_card(
     )
     card.save(readme)
     return readme
+
+
+def read_metrics(folder: str | Path) -> dict[str, float]:
+    """The held-out figures of eval_results.json, as training/ leaves it."""
+    file = Path(folder) / "eval_results.json"
+    results = json.loads(file.read_text()) if file.is_file() else {}
+    names = [name for name in ("perplexity", "bits_per_byte") if f"eval_{name}" in results]
+    return {name: float(f"{results[f'eval_{name}']:.4g}") for name in names}
 
 
 def read_facts(folder: str | Path) -> Facts:
@@ -225,8 +235,10 @@ def main() -> None:
     parser.add_argument("--evaluated-on", help="data set of the figures, where it is not the one training data set")
     parser.add_argument("--overwrite", action="store_true", help="replace the README.md that is there")
     arguments = vars(parser.parse_args())
+    if arguments["metrics"]:
+        arguments["metrics"] = dict(arguments["metrics"])
     try:
-        print(write_card(**{**arguments, "metrics": dict(arguments["metrics"] or [])}))
+        print(write_card(**arguments))
     except (ValueError, FileExistsError) as error:
         parser.error(str(error))
 

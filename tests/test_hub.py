@@ -6,6 +6,7 @@ address of the local one, running `publish` and `fetch` below, and the tests loo
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from http.client import HTTPConnection
@@ -35,6 +36,7 @@ FAMILIES = {"gla": {}, "retnet": {}, "linear_attention": {}, "hyena": {}, "linea
 AUTO_CLASSES = {"lm": AutoModelForCausalLM, "classifier": AutoModelForSequenceClassification}
 PUSHED = [f"{family}/{head}" for family in FAMILIES for head in AUTO_CLASSES]
 TRAINED = "trained/lm"
+README = Path(__file__).parents[1] / "README.md"
 WORDS = ["[PAD]", "[UNK]", "the", "state", "of", "a", "linear", "model", "does", "not", "grow"]
 TEXT = " ".join(WORDS[2:] * 8)  # 72 tokens: more than one chunk
 
@@ -129,6 +131,25 @@ def test_every_model_comes_back_as_it_went(tmp_path):
         for opened in (published[repo], fetched[repo]):
             assert opened["model_type"] == ("gla" if repo == TRAINED else repo.split("/")[0])
             assert torch.equal(opened["logits"], pushed), repo
+
+
+def test_upload_as_the_readme_has_it(tmp_path):
+    import hf_linear  # noqa: F401  (as in `publish`)
+
+    (line,) = re.findall(r"^hf upload .*$", README.read_text(), re.MULTILINE)
+    _, _, repo, folder, *options = shlex.split(line)
+    kept, left = tmp_path / folder, tmp_path / folder / "checkpoint-8"
+    for files in (kept, left):
+        make_model("gla/lm").save_pretrained(files)
+    write_card(kept, name=repo)
+    with LocalHub() as hub:
+        command = [str(Path(sys.executable).with_name("hf")), "upload", repo, folder, *options]
+        process = subprocess.run(
+            command, cwd=tmp_path, env=hub.environment(tmp_path / "home"), capture_output=True, text=True, timeout=60
+        )
+        assert process.returncode == 0, process.stderr
+    pushed = {path: content for path, content in hub.repos[repo].head.items() if path != ".gitattributes"}
+    assert pushed == {file.name: file.read_bytes() for file in kept.iterdir() if file.is_file()}
 
 
 @pytest.mark.parametrize(

@@ -157,6 +157,18 @@ def test_figures_without_their_data(gla):
     assert card.data.eval_results[0].dataset_name == "house/held-out"
 
 
+def test_figures_of_a_run_are_found(gla):
+    (gla / "eval_results.json").write_text('{"eval_loss": 2.0, "eval_perplexity": 12.34567, "eval_bits_per_byte": 1.5}')
+    card = ModelCard.load(write_card(gla))
+    assert {result.metric_type: result.metric_value for result in card.data.eval_results} == {
+        "perplexity": 12.35,
+        "bits_per_byte": 1.5,
+    }
+    assert "On `held-out documents`:" in card.text
+    card = ModelCard.load(write_card(gla, metrics={"accuracy": 0.5}, evaluated_on="house/held-out", overwrite=True))
+    assert [result.metric_type for result in card.data.eval_results] == ["accuracy"]
+
+
 def test_every_family_has_a_page():
     assert set(FAMILIES) == set(PAPERS)
 

@@ -141,14 +141,27 @@ def test_second_derivatives(case):
     assert gradgradcheck(function, tensors, fast_mode=True)
 
 
+# Documents over several pieces, several documents in a piece, none, and borders that are those of pieces.
+@pytest.mark.parametrize("lengths", [None, [150, 50], [0, 64, 10, 20, 0, 34, 72, 0]], ids=["whole", "two", "many"])
 @named(GATED)
-def test_a_long_sequence_in_pieces(case, monkeypatch):
-    """A CPU works on chunks piece by piece; pieces share no sum."""
-    inputs = case.sample(200)
-    expected = outputs_and_gradients(partial(case, "chunked"), inputs)
-    monkeypatch.setattr(chunked_ops, "PIECE", 1)
-    actual = outputs_and_gradients(partial(case, "chunked"), inputs)
-    assert_equal_to_rounding(actual, expected, inputs, SAME_SUMS)
+def test_a_long_sequence_in_pieces(case, lengths, monkeypatch):
+    """A CPU works piece by piece and carries the state on, to second derivatives."""
+    index = {} if lengths is None else {"cu_seqlens": torch.tensor([0, *lengths]).cumsum(0)}
+    function = partial(case, "chunked", **index)
+    inputs = case.sample(200, B=2 if lengths is None else 1, N=lengths and len(lengths), H=2, K=3, V=2)
+    expected = outputs_and_gradients(function, inputs)
+    monkeypatch.setattr(chunked_ops, "PIECE", 64)
+    assert_equal_to_rounding(outputs_and_gradients(function, inputs), expected, inputs, ROUNDING)
+    tensors = [x.requires_grad_() for x in inputs.values()]
+    assert gradgradcheck(lambda *x: function(**dict(zip(inputs, x, strict=True))), tensors, fast_mode=True)
+
+
+def test_no_pieces_in_a_graph(monkeypatch):
+    """A graph of pieces would grow with the sequence."""
+    monkeypatch.setattr(chunked_ops, "PIECE", 64)
+    monkeypatch.setattr(chunked_ops, "in_pieces", None)
+    torch._dynamo.reset()
+    torch.compile(partial(GATED[0], "chunked"), fullgraph=True, backend="eager")(**GATED[0].sample(200))
 
 
 # --- Lower precision ---
@@ -502,7 +515,7 @@ def plain(message: str) -> str:
 
 
 def check_error(case: Case, changes: dict, name: str, got: str, wanted: str) -> None:
-    """A ValueError that names the argument, what was got and what was wanted (all three patterns)."""
+    """A ValueError that names the argument, what was got and what was wanted (all three patterns), and then the way out."""
     N = 2 if "cu_seqlens" in changes else None
     inputs = case.sample(6, B=2 if N is None else 1, N=N, dtype=torch.float32, K=5, V=4, P=2) | case.options | changes
     for backend in [changes["backend"]] if "backend" in changes else ["auto", *BACKENDS]:
@@ -512,6 +525,7 @@ def check_error(case: Case, changes: dict, name: str, got: str, wanted: str) -> 
         assert re.search(rf"\b{name}\b", message), f"{message!r} names no {name}"
         assert re.search(got, message), f"{message!r} does not say what was got: {got}"
         assert re.search(wanted, message), f"{message!r} does not say what was wanted: {wanted}"
+        assert re.search(r"\bgot\b.*: \S.*\w", message), f"{message!r} shows no way out"
 
 
 def wrong(id: str, name: str, value, got: str, wanted: str, **more):
@@ -581,6 +595,14 @@ def test_attention_errors(case, changes, name, got, wanted):
     if case in GATED and "g" in changes:  # the same mistake in GLA's shape
         changes = changes | {"g": changes["g"][..., None].expand(*changes["g"].shape, 5)}
     check_error(case, changes, name, got, wanted)
+
+
+@pytest.mark.parametrize("value", [0.25, torch.inf])
+@named([*LINEAR_ATTENTION[1:], *GATED])
+def test_a_log_decay_is_not_positive(case, value):
+    g = case.sample(6, dtype=torch.float32, K=5, V=4)["g"]
+    g.view(-1)[-1] = value
+    check_error(case, {"g": g}, "g", rf"\b{value}\b", "log-decay <= 0")
 
 
 def of_shape(*shapes: tuple[int, ...]):

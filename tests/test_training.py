@@ -2,12 +2,16 @@
 
 import json
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
 from families import CONFIGS, ids, logits, tiny_model
+from huggingface_hub import ModelCard
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -152,9 +156,12 @@ def test_an_empty_corpus_is_an_error(recipe, corpus):
 
 def test_overrides_and_numbers(tmp_path):
     demo = next(path for path in RECIPES if path.stem == "demo")
-    recipe = load_recipe(demo, ["trainer.learning_rate=5e-4", "trainer.max_steps=7", "data.held_out=3", "lora.r=4"])
+    recipe = load_recipe(
+        demo, ["trainer.learning_rate=5e-4", "trainer.max_steps=7", "data.held_out=3", "lora.r=4", "trainer.eval_strategy=no"]
+    )
     assert recipe.trainer["learning_rate"] == 5e-4 and recipe.trainer["max_steps"] == 7
-    assert recipe.data.held_out == 3 and recipe.lora == {"r": 4}
+    assert recipe.data.held_out == 3 and recipe.lora == {"r": 4} and recipe.trainer["eval_strategy"] == "no"
+    assert recipe.trainer["use_cpu"] is True
     with pytest.raises(ValueError, match=r"wanted section\.key=value"):
         load_recipe(demo, ["trainer.max_steps"])
     with pytest.raises(ValueError, match="no file"):
@@ -309,6 +316,9 @@ def test_pretraining_leaves_a_folder_that_the_auto_classes_open(recipe):
     assert bits[-1] == metrics["eval_bits_per_byte"] < 0.8 * bits[0]
     assert json.loads((folder / "eval_results.json").read_text())["eval_bits_per_byte"] == bits[-1]
     assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
+    card = ModelCard.load(folder / "README.md")
+    figures = {result.metric_type: result.metric_value for result in card.data.eval_results}
+    assert card.data.tags == ["hf_linear", "gla"] and figures["bits_per_byte"] == pytest.approx(bits[-1], rel=1e-3)
 
 
 @pytest.mark.parametrize("streaming", [False, True], ids=["prepared", "streamed"])
@@ -331,6 +341,37 @@ def test_a_resumed_run_has_the_losses_of_one_that_never_stopped(family, streamin
     checkpoint = "checkpoint-8"
     resumed = run("resumed", resume_from_checkpoint=f"{Path(recipe().output_dir).parent}/whole/{checkpoint}")
     assert resumed == whole  # to the last bit: the same rows, weights, optimizer and random numbers
+
+
+def test_two_processes_have_the_losses_of_one_that_accumulates(corpus, tmp_path):
+    """As the README starts them; each takes every other row."""
+    values = {
+        "model": {"model_type": "linear_hybrid", **SMALL, "pattern": "GA"},
+        "data": {"path": "text", "data_files": f"{corpus}/*.txt", "held_out": 0.2, "sequence_length": 64},
+        "tokenizer": {"vocab_size": 300},
+        "trainer": {"max_steps": 4, "learning_rate": 1e-2, "logging_steps": 1, "use_cpu": True},
+    }
+    (tmp_path / "recipe.yaml").write_text(json.dumps(values))  # JSON is YAML
+    command = f"torch.distributed.run --standalone --nproc-per-node 2 -m training.pretrain {tmp_path}/recipe.yaml"
+    process = subprocess.run(
+        [sys.executable, "-m", *command.split(), f"output_dir={tmp_path}/of-two"],
+        cwd=RECIPES[0].parents[2],
+        env=os.environ | {"HF_HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": "1", "NO_PROXY": "localhost,127.0.0.1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert process.returncode == 0, process.stderr
+    overrides = [f"output_dir={tmp_path}/of-one", "trainer.gradient_accumulation_steps=2"]
+    train(pretrainer(load_recipe(tmp_path / "recipe.yaml", overrides)))
+    runs = []
+    for folder in (tmp_path / "of-two", tmp_path / "of-one"):
+        log = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+        runs.append([entry["loss"] for entry in log if "loss" in entry])
+        runs[-1].append(json.loads((folder / "eval_results.json").read_text())["eval_bits_per_byte"])
+        assert (folder / "README.md").is_file()
+    assert runs[0] == pytest.approx(runs[1], rel=1e-4)  # float32: the same sums, added up in another order
+    assert len(set(runs[1])) == 5
 
 
 def test_resuming_without_a_checkpoint_is_an_error(recipe):
@@ -390,6 +431,7 @@ def test_lora_trains_adapters_alone_resumes_and_opens(recipe, base):
     opened, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     ids = tokenizer(TEXTS[0], return_tensors="pt")["input_ids"]
     torch.testing.assert_close(opened.eval()(ids).logits, trainer.model.eval()(ids).logits)
+    assert ModelCard.load(folder / "README.md").data.base_model == str(base)  # peft's
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -713,3 +713,10 @@ def test_generation_of_a_freshly_made_model():
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("gla", **TINY)).eval()
     spread_parameters(model)
     assert model.generate(tokens(1, 3), **GREEDY).shape == (1, 9)
+
+
+def test_a_filter_hands_out_no_parameter():
+    """FSDP2 frees the parameters of a module when its forward ends; what it returned has to outlive them."""
+    (hyena_filter,) = (m for m in model_of("hyena", num_hidden_layers=1).modules() if isinstance(m, HyenaFilter))
+    parameters = {p.untyped_storage().data_ptr() for p in hyena_filter.parameters()}
+    assert all(output.untyped_storage().data_ptr() not in parameters for output in hyena_filter(5))

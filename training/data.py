@@ -66,7 +66,10 @@ def load_split(recipe: DataRecipe, split: str) -> Dataset | IterableDataset:
         documents = documents.rename_column(recipe.column, "text")
     documents = documents.filter(bool, input_columns="text")  # an empty document has nothing to learn and costs no byte
     if next(iter(documents), None) is None:
-        raise ValueError(f"data: got no text in the split {split!r} of {recipe.path!r}; wanted at least one document.")
+        raise ValueError(
+            f"data: got no text in the split {split!r} of {recipe.path!r}; wanted at least one document. "
+            "Name another split or column."
+        )
     return documents
 
 
@@ -86,7 +89,10 @@ def read_standard_library() -> Iterator[str]:
     left_out = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
     files = [f for f in sorted(root.rglob("*.py")) if left_out.isdisjoint(f.relative_to(root).parts)]
     if not files:
-        raise ValueError(f"data.path: got python-stdlib, but {root} holds no .py files; wanted a Python with its sources.")
+        raise ValueError(
+            f"data.path: got python-stdlib, but {root} holds no .py files; wanted a Python with its sources. "
+            "Use another Python, or data.path=text with data.data_files."
+        )
     for file in files:
         try:
             yield file.read_bytes().decode("utf-8")

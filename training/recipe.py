@@ -23,6 +23,7 @@ DEFAULTS = {
     "per_device_train_batch_size": 1,
     "per_device_eval_batch_size": 1,
     "include_num_input_tokens_seen": "all",  # the loss curve is drawn against tokens
+    "ddp_find_unused_parameters": False,  # every parameter of a causal LM has its part in the loss
     # Each process reads a stream itself: rows differ in length, so one process cannot hand out slices of a batch.
     "accelerator_config": {"dispatch_batches": False},
     "dataloader_pin_memory": torch.cuda.is_available(),  # elsewhere torch warns of it
@@ -31,12 +32,15 @@ DEFAULTS = {
 
 
 class Loader(yaml.SafeLoader):
-    """YAML in which 3e-4 is a number, as everyone who writes a learning rate means it (YAML 1.1 reads a string)."""
+    """YAML as those who write `learning_rate: 3e-4` and `save_strategy: no` mean it; YAML 1.1 reads a string and false."""
 
 
 Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
 )
+for letter in "yYnNoO":  # true and false alone are booleans; yes, no, on and off are words
+    resolvers = Loader.yaml_implicit_resolvers[letter]
+    Loader.yaml_implicit_resolvers[letter] = [(tag, regexp) for tag, regexp in resolvers if not tag.endswith(":bool")]
 
 
 @dataclass(kw_only=True)
@@ -122,12 +126,12 @@ class Recipe:
 def load_recipe(path: str | Path, overrides: Collection[str] = ()) -> Recipe:
     """Reads a recipe; `overrides` such as "trainer.max_steps=10" replace or add single values."""
     if not Path(path).is_file():
-        raise ValueError(f"recipe: got {str(path)!r}, which is no file; wanted a YAML file such as training/recipes/demo.yaml.")
+        raise ValueError(f"recipe: got {str(path)!r}, which is no file; wanted a YAML file. Try training/recipes/demo.yaml.")
     values = yaml.load(Path(path).read_text(encoding="utf-8"), Loader)
     for override in overrides:
         keys, equals, value = override.partition("=")
         if not equals:
-            raise ValueError(f"override: got {override!r}; wanted section.key=value, such as trainer.max_steps=10.")
+            raise ValueError(f"override: got {override!r}; wanted section.key=value. Write it as trainer.max_steps=10.")
         *sections, key = keys.split(".")
         target = values
         for section in sections:
@@ -146,7 +150,10 @@ def recipe_parser(description: str) -> ArgumentParser:
 def build(cls: type, section: str, values: Any):
     """Makes the dataclass `cls` of a mapping, and says what is wrong with the mapping if it cannot."""
     if not isinstance(values, dict):
-        raise ValueError(f"{section}: got {values!r}; wanted keys and values: {', '.join(sorted(field_names(cls)))}.")
+        raise ValueError(
+            f"{section}: got {values!r}; wanted keys and values: {', '.join(sorted(field_names(cls)))}. "
+            "Write key: value, one a line."
+        )
     check_keys(section, values, field_names(cls))
     required = {f.name for f in dataclasses.fields(cls) if f.default is MISSING and f.default_factory is MISSING}
     if missing := required - values.keys():

@@ -13,6 +13,8 @@ from transformers import (
     set_seed,
 )
 
+from hf_linear.decoder import LinearPreTrainedModel
+from model_cards.generate import write_card
 from training.data import SHUFFLE_BUFFER, collate, count_bytes, load_documents, pack, train_tokenizer
 from training.evaluate import held_out_metrics, nll_and_tokens
 from training.plot import plot_losses
@@ -59,7 +61,7 @@ def load_tokenizer(recipe: Recipe, args: TrainingArguments, documents: Dataset |
 
 
 def train(trainer: Trainer) -> dict[str, float]:
-    """Trains, evaluates, and leaves in output_dir what AutoModelForCausalLM and AutoTokenizer open, and loss.png.
+    """Trains, evaluates, and leaves in output_dir what AutoModelForCausalLM and AutoTokenizer open, its card, and loss.png.
 
     `trainer.resume_from_checkpoint` (true for the last checkpoint, or its folder) goes on where a run stopped, with the
     losses of a run that never stopped.
@@ -74,4 +76,6 @@ def train(trainer: Trainer) -> dict[str, float]:
     trainer.save_model()
     if trainer.is_world_process_zero():
         plot_losses(trainer.state.log_history, Path(args.output_dir) / "loss.png")
+        if isinstance(trainer.accelerator.unwrap_model(trainer.model), LinearPreTrainedModel):
+            write_card(args.output_dir, overwrite=True)  # peft writes that of an adapter
     return metrics

@@ -54,7 +54,11 @@ class Hyena(RecurrentMixer):
 
         histories = past.get("recurrent")
         seen = 0 if histories is None else histories.shape[-1]
-        h, skip = self.implicit_filter(seen + x.shape[1] if cu_seqlens is None else self.implicit_filter.length)
+        if cu_seqlens is None:
+            length = seen + x.shape[1]
+        else:  # the longest document's; in a graph all of it, for no shape may depend on the documents
+            length = self.implicit_filter.length if torch.compiler.is_compiling() else int(cu_seqlens.diff().max())
+        h, skip = self.implicit_filter(length)
         kept = []
         for n in range(self.order - 1, 0, -1):
             i = self.order - 1 - n
@@ -125,7 +129,7 @@ class HyenaFilter(nn.Module):
         """The first `length` positions of the filters, [N - 1, D, length], and their skips, [N - 1, D]."""
         if length > self.length:
             raise ValueError(
-                f"the sequence must not be longer than the Hyena filter of max_position_embeddings = {self.length}, "
+                f"a sequence or document must not be longer than the Hyena filter, max_position_embeddings = {self.length}, "
                 f"got {length} tokens: shorten it, or train a model with a longer filter"
             )
         with full_precision(self.z):
@@ -138,7 +142,8 @@ class HyenaFilter(nn.Module):
             if self.config.filter_normalize:
                 h = h / h.abs().sum(-1, keepdim=True)
         per_order = (self.config.hyena_order - 1, -1)
-        return h.T.unflatten(0, per_order), self.skip.unflatten(0, per_order)
+        # A copy of the skips: FSDP2 takes the parameters of a module back when its forward ends.
+        return h.T.unflatten(0, per_order), self.skip.clone().unflatten(0, per_order)
 
     def window(self, length: int, like: Tensor) -> Tensor:
         """exp(-t |delta|) + shift, [length, channels]; t runs from 0 to 1 over the whole filter."""

@@ -60,9 +60,11 @@ class GLAConfig(LinearConfig):
         self.check_divides("num_heads", self.num_heads, "hidden_size * expand_v", self.value_dim)
         self.check_least(conv_size=1, gate_low_rank_dim=1)
         if self.gate_logit_normalizer <= 0:
-            raise ValueError(f"gate_logit_normalizer must be above 0, got {self.gate_logit_normalizer}: a decay is at most 1")
+            raise ValueError(
+                f"gate_logit_normalizer must be above 0, got {self.gate_logit_normalizer}: leave it out for the published 16"
+            )
         if self.clamp_min is not None and self.clamp_min > 0:
-            raise ValueError(f"clamp_min must be a log-decay <= 0 or None, got {self.clamp_min}: a decay is at most 1")
+            raise ValueError(f"clamp_min must be a log-decay <= 0 or None, got {self.clamp_min}: leave it out for no bound")
 
     @property
     def key_dim(self) -> int:

@@ -62,9 +62,12 @@ class HyenaConfig(LinearConfig):
         super().__post_init__(**kwargs)
         self.check_least(short_filter_order=1, filter_order=1, num_inner_mlps=0)
         if self.hyena_order < 2:
-            raise ValueError(f"hyena_order must be 2 or more, got {self.hyena_order}: order 2 has one long convolution")
+            raise ValueError(f"hyena_order must be 2 or more, got {self.hyena_order}: take 2 for one long convolution")
         if self.filter_emb_dim < 3 or self.filter_emb_dim % 2 == 0:
-            raise ValueError(f"filter_emb_dim must be odd and 3 or more, 1 + 2 a band, got {self.filter_emb_dim}")
+            nearest = max(3, self.filter_emb_dim | 1)
+            raise ValueError(
+                f"filter_emb_dim must be odd and 3 or more, 1 + 2 a band, got {self.filter_emb_dim}: take {nearest}"
+            )
 
 
 class HyenaPreTrainedModel(LinearPreTrainedModel):

@@ -129,7 +129,7 @@ def spell_out(pattern: str, depth: int) -> list[str]:
     """The mixers of `depth` layers from a pattern of letters."""
     unknown = sorted(set(pattern) - set(LETTERS))
     if unknown or not pattern:
-        raise ValueError(f"pattern must be made of the letters {LETTERS}, got {pattern!r}")
+        raise ValueError(f"pattern must be made of the letters {LETTERS}, got {pattern!r}: or name the layers in `mixers`")
     if depth % len(pattern):
         raise ValueError(
             f"pattern must fit num_hidden_layers = {depth} a whole number of times, got {pattern!r} of {len(pattern)} layers: "

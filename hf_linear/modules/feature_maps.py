@@ -31,5 +31,8 @@ FEATURE_MAPS: dict[str, Callable[[Tensor], Tensor]] = {
 
 def feature_map(name: str) -> Callable[[Tensor], Tensor]:
     if name not in FEATURE_MAPS:
-        raise ValueError(f"feature_map must be one of {sorted(FEATURE_MAPS)}, got {name!r}")
+        raise ValueError(
+            f"feature_map must be one of {sorted(FEATURE_MAPS)}, got {name!r}: "
+            "take one of them, or add yours to hf_linear.modules.feature_maps.FEATURE_MAPS"
+        )
     return FEATURE_MAPS[name]

@@ -22,10 +22,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hf_linear.ops.dispatch import check_filter
+from hf_linear.ops.dispatch import check_filter, readable
 
 CHUNK = 64
-PIECE = 32  # chunks
+PIECE = 2048  # tokens
 
 
 class Chunks:
@@ -129,16 +129,29 @@ def gated_linear_attention(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, scale: float, state: Tensor, cu_seqlens: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """S_t = diag(exp(g_t)) S_{t-1} + k_t v_t^T,   o_t = scale * S_t^T q_t, with a decay g [B, T, H, K] a key channel."""
+    if q.shape[1] > PIECE and readable(q):
+        return in_pieces(gated_linear_attention, q, k, v, g, scale, state, cu_seqlens)
     chunks = Chunks(q.shape[1], cu_seqlens)
     q, k, v, g = (chunks.split(x) for x in (q * scale, k, v, g))
-    if q.is_cpu and not torch.compiler.is_compiling():
-        # The memory that one piece of a long sequence works in serves the next: half the time at 16K tokens.
-        pieces = zip(*(x.split(PIECE) for x in (q, k, g)), strict=True)
-        parts = zip(*(DecayedScores.apply(*piece) for piece in pieces), strict=True)
-        scores, q_in, k_out, decay = (torch.cat(part) for part in parts)
-    else:
-        scores, q_in, k_out, decay = DecayedScores.apply(q, k, g)
+    scores, q_in, k_out, decay = DecayedScores.apply(q, k, g)
     return finish(chunks, scores, q_in, k_out, v, decay, state)
+
+
+def in_pieces(
+    op: Callable, q: Tensor, k: Tensor, v: Tensor, g: Tensor, scale: float, state: Tensor, cu_seqlens: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """A long sequence piece by piece, the state carried on: the memory that one piece works in serves the next."""
+    outputs, states = [], list(state.split(1)) if cu_seqlens is not None else [state]
+    for i, piece in enumerate(zip(*(x.split(PIECE, dim=1) for x in (q, k, v, g)), strict=True)):
+        here, bounds = slice(None), None
+        if cu_seqlens is not None:
+            bounds = (cu_seqlens - i * PIECE).clamp(0, piece[0].shape[1])  # a document elsewhere has no token here
+            begins, ends = bounds.diff().nonzero()[[0, -1], 0].tolist()
+            here, bounds = slice(begins, ends + 1), bounds[begins : ends + 2]
+        o, state = op(*piece, scale, torch.cat(states[here]), bounds)
+        states[here] = state.split(1) if cu_seqlens is not None else [state]
+        outputs.append(o)
+    return torch.cat(outputs, 1), torch.cat(states)
 
 
 def finish(

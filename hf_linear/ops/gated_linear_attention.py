@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from hf_linear.ops import chunked, reference
-from hf_linear.ops.dispatch import Backend, check_shape
+from hf_linear.ops.dispatch import Backend, check_log_decay, check_shape
 from hf_linear.ops.linear_attention import attend, prepare
 
 IMPLEMENTATIONS = {"reference": reference.gated_linear_attention, "chunked": chunked.gated_linear_attention}
@@ -40,10 +40,11 @@ def gated_linear_attention(
         o [B, T, H, V] in v's dtype, and the final state, shaped and typed as `initial_state`.
 
     Raises:
-        ValueError: a shape, dtype, device or backend is not as above.
+        ValueError: a shape, dtype, device or backend is not as above; on a CPU also the values of g and `cu_seqlens`.
 
     Source: Yang et al. 2023, arXiv 2312.06635, eq. 3.
     """
     scale = prepare(q, k, v, g, scale, initial_state, cu_seqlens)
-    check_shape("g", g, "[B, T, H, K] as k", tuple(k.shape))
+    check_shape("g", g, "[B, T, H, K] as k", tuple(k.shape), "expand it, or take linear_attention for one decay a head")
+    check_log_decay(g)
     return attend(IMPLEMENTATIONS, backend, q, k, v, g, scale, initial_state, cu_seqlens)

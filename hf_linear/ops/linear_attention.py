@@ -11,6 +11,7 @@ from hf_linear.ops import chunked, gpu, reference
 from hf_linear.ops.dispatch import (
     Backend,
     check_floating,
+    check_log_decay,
     check_packed,
     check_sequence,
     check_shape,
@@ -20,6 +21,8 @@ from hf_linear.ops.dispatch import (
     run,
 )
 
+GROUPED = "give every query head a key and a value, with repeat_interleave(groups, dim=2) where heads share them"
+ONE_A_HEAD = "give one log-decay a head"
 STATE_LAYOUT = "[B, H, K, V] (packed: [N, H, K, V])"
 IMPLEMENTATIONS = {"reference": reference.linear_attention, "chunked": chunked.linear_attention}
 
@@ -53,7 +56,7 @@ def linear_attention(
         o [B, T, H, V] in v's dtype, and the final state, shaped and typed as `initial_state`.
 
     Raises:
-        ValueError: a shape, dtype, device or backend is not as above.
+        ValueError: a shape, dtype, device or backend is not as above; on a CPU also the values of g and `cu_seqlens`.
 
     Source: Katharopoulos et al. 2020, arXiv 2006.16236, eq. 16-18; RetNet, arXiv 2307.08621, eq. 6;
     Mamba-2, arXiv 2405.21060, eq. 16.
@@ -63,9 +66,10 @@ def linear_attention(
     if g is None:
         g = q.new_zeros(H)
     elif g.dim() == 1:
-        check_shape("g", g, "[H]", (H,))
+        check_shape("g", g, "[H]", (H,), ONE_A_HEAD)
     else:
-        check_shape("g", g, "[H] or [B, T, H]", (B, T, H))
+        check_shape("g", g, "[H] or [B, T, H]", (B, T, H), "a decay a key channel is for gated_linear_attention")
+    check_log_decay(g)
     return attend(IMPLEMENTATIONS, backend, q, k, v, g.expand(B, T, H), scale, initial_state, cu_seqlens)
 
 
@@ -82,10 +86,10 @@ def prepare(
     check_floating(q=q, k=k, v=v, g=g, initial_state=initial_state)
     check_sequence("q", q, "[B, T, H, K]", dim=1)
     B, T, H, K = q.shape
-    check_shape("k", k, "[B, T, H, K] as q", (B, T, H, K))
+    check_shape("k", k, "[B, T, H, K] as q", (B, T, H, K), GROUPED)
     check_sequence("v", v, "[B, T, H, V]", dim=1)
     V = v.shape[-1]
-    check_shape("v", v, "[B, T, H, V] as q", (B, T, H, V))
+    check_shape("v", v, "[B, T, H, V] as q", (B, T, H, V), GROUPED)
     check_packed(cu_seqlens, q, T)
     if initial_state is not None:
         check_state("initial_state", initial_state, STATE_LAYOUT, state_shape(q, v, cu_seqlens), compute_dtype(v))

@@ -56,12 +56,12 @@ def long_conv(
     check_sequence("u", u, "[B, D, T]", dim=2)
     B, D, T = u.shape
     if h.dim() != 2 or h.shape[0] != D:
-        raise ValueError(f"h must be [D, L] with D = {D} channels, got {list(h.shape)}")
+        raise ValueError(f"h must be [D, L] with D = {D} channels, got {list(h.shape)}: transpose or expand it")
     for name, gate in (("pre_gate", pre_gate), ("post_gate", post_gate)):
         if gate is not None:
-            check_shape(name, gate, "[B, D, T] as u", (B, D, T))
+            check_shape(name, gate, "[B, D, T] as u", (B, D, T), "the tokens come last, transpose(1, 2) puts them there")
     if skip is not None:
-        check_shape("skip", skip, "[D]", (D,))
+        check_shape("skip", skip, "[D]", (D,), "give one number a channel")
     check_packed(cu_seqlens, u, T)
     dtype = compute_dtype(u)
     if initial_state is None:
@@ -69,7 +69,9 @@ def long_conv(
     elif cu_seqlens is not None:
         raise ValueError("initial_state must be None with cu_seqlens, got a tensor: continue one document at a time")
     if initial_state.dim() != 3:
-        raise ValueError(f"initial_state must be [B, D, P], got {list(initial_state.shape)}")
+        raise ValueError(
+            f"initial_state must be [B, D, P], got {list(initial_state.shape)}: pass what an earlier call returned"
+        )
     P = initial_state.shape[-1]
     check_state("initial_state", initial_state, "[B, D, P]", (B, D, P), dtype)
     if cu_seqlens is None:

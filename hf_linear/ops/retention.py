@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hf_linear.ops.dispatch import check_sequence, check_shape, compute_dtype
-from hf_linear.ops.linear_attention import linear_attention, prepare, zero_state
+from hf_linear.ops.dispatch import check_log_decay, check_sequence, check_shape, compute_dtype
+from hf_linear.ops.linear_attention import ONE_A_HEAD, linear_attention, prepare, zero_state
 
 
 def retention_decay(num_heads: int, device: torch.device | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -23,7 +23,8 @@ def check_decay(q: Tensor, g: Tensor) -> None:
     check_sequence("q", q, "[B, T, H, K]", dim=1)
     if g is None:
         raise ValueError("g must be [H], got None: take retention_decay(H), or linear_attention for none")
-    check_shape("g", g, "[H]", (q.shape[2],))
+    check_shape("g", g, "[H]", (q.shape[2],), ONE_A_HEAD)
+    check_log_decay(g)
 
 
 def retention_parallel(

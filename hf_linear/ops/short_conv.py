@@ -55,9 +55,12 @@ def short_conv(
     check_sequence("x", x, "[B, T, D]", dim=1)
     B, T, D = x.shape
     if w.dim() != 2 or w.shape[0] != D or w.shape[1] == 0:
-        raise ValueError(f"w must be [D, W] with D = {D} channels and W >= 1 taps, got {list(w.shape)}")
+        raise ValueError(
+            f"w must be [D, W] with D = {D} channels and W >= 1 taps, got {list(w.shape)}: "
+            "squeeze(1) makes it of the weight of a depthwise Conv1d"
+        )
     if b is not None:
-        check_shape("b", b, "[D]", (D,))
+        check_shape("b", b, "[D]", (D,), "give one number a channel")
     if activation not in (None, "silu"):
         raise ValueError(f'activation must be None or "silu", got {activation!r}: apply others to the output')
     check_packed(cu_seqlens, x, T)
