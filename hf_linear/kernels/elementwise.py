@@ -24,6 +24,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hf_linear.kernels.precise import exp, expm1, log1p
+
 TILE = 4096  # elements a program holds at a time
 WARPS = 8  # of a program: each thread holds 16 elements, two loads of 16 bytes a tensor in half precision
 PROGRAMS = 1024  # of the norm's backward pass: enough to fill a large GPU, and few partial sums
@@ -237,10 +239,7 @@ def decay_kernel(x, g, n, size, TILE: tl.constexpr):
     place = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     m = place < size
     b_x = tl.load(x + place, mask=m, other=0.0).to(tl.float32)
-    # log(1 + e) = e log(u) / (u - 1) with u the rounded 1 + e: exact where e vanishes beside 1, as in decays near 1
-    b_e = tl.exp(-tl.abs(b_x))
-    b_u = 1 + b_e
-    b_log = tl.where(b_u == 1, b_e, b_e * tl.log(b_u) / tl.where(b_u == 1, 1, b_u - 1))
+    b_log = log1p(exp(-tl.abs(b_x), "tf32x3"))
     tl.store(g + place, (tl.minimum(b_x, 0.0) - b_log) / n, mask=m)
 
 
@@ -253,12 +252,7 @@ def decay_backward_kernel(dg, g, dx, n, size, TILE: tl.constexpr):
     place = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     m = place < size
     b_dg, b_x = tl.load(dg + place, mask=m, other=0.0), n * tl.load(g + place, mask=m, other=0.0)
-    # exp(x) - 1 = x (u - 1) / log(u) with u the rounded exp(x): exact near 0; below -1 nothing cancels
-    b_u = tl.exp(b_x)
-    b_near = (b_x > -1) & (b_u != 1)
-    b_log = tl.where(b_near, tl.log(tl.where(b_near, b_u, 2.0)), 1.0)
-    b_minus = tl.where(b_near, b_x * (b_u - 1) / b_log, tl.where(b_x > -1, b_x, b_u - 1))
-    tl.store(dx + place, -b_dg * b_minus / n, mask=m)
+    tl.store(dx + place, -b_dg * expm1(b_x) / n, mask=m)
 
 
 @triton.jit(do_not_specialize=["rows", "angle_rows"])

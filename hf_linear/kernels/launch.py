@@ -1,12 +1,13 @@
 """Launching kernels: on the tensors' device, and without asking Triton at every call which of its compilations serves.
 
 Triton reads the type, value and alignment of every argument to find the compiled kernel, which takes the host longer than the
-GPU takes for a small shape. Here dtypes and constants say it: tensors are `ready`, and numbers are not specialised.
+GPU takes for a small shape. Here the caller's `signature` says it: tensors are `ready`, and numbers are not specialised.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Hashable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -14,25 +15,31 @@ import torch
 from torch import Tensor
 from triton.runtime.jit import JITFunction
 
-compiled: dict[tuple, tuple] = {}
+compiled: dict[Hashable, tuple] = {}
 
 
-def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
-    """kernel[grid](*args, **constants). `constants` end with the options: num_warps, num_stages."""
+def launch(
+    kernel: Any, grid: tuple[int, ...], signature: Hashable, args: tuple, constants: Callable[[], dict[str, Any]] = dict
+) -> None:
+    """kernel[grid](*args, **constants()).
+
+    `signature` fixes the dtypes of `args`, which of them are None, and the constants (num_warps and num_stages among them), so
+    that these are looked at only once.
+    """
     if not isinstance(kernel, JITFunction):  # the interpreter's
-        kernel[grid](*args, **constants)
+        kernel[grid](*args, **constants())
         return
     grid = (*grid, 1, 1)[:3]
-    types = [x.dtype if isinstance(x, Tensor) else x is None for x in args]
-    key = (id(kernel), torch.cuda.current_device(), *types, *constants.values())
+    key = (id(kernel), torch.cuda.current_device(), signature)
     if key in compiled:
         binary, values = compiled[key]
         # Of an address Triton does not ask the driver whose it is.
-        binary[grid](*(x.data_ptr() if isinstance(x, Tensor) else x for x in args), *values)
+        binary[grid](*[x.data_ptr() if isinstance(x, Tensor) else x for x in args], *values)
         return
-    binary = kernel[grid](*args, **constants)
+    values = constants()
+    binary = kernel[grid](*args, **values)
     names = [parameter.name for parameter in kernel.params][len(args) :]
-    compiled[key] = binary, tuple(constants[name] for name in names)
+    compiled[key] = binary, tuple(values[name] for name in names)
 
 
 def on_device(x: Tensor) -> AbstractContextManager:
@@ -49,6 +56,11 @@ def ready(x: Tensor) -> Tensor:
 def product_precision(dtype: torch.dtype) -> str:
     """float32 takes three tf32 products for one; the word concerns no other dtype."""
     return "tf32x3" if dtype == torch.float32 else "tf32"
+
+
+def cdiv(a: int, b: int) -> int:
+    """a / b rounded up; Triton's own is for kernels, and slow outside them."""
+    return -(-a // b)
 
 
 @functools.cache

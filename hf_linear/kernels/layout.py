@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hf_linear.kernels.launch import launch, multiprocessors
+from hf_linear.kernels.launch import cdiv, launch, multiprocessors
 
 BLOCK = tl.constexpr(128)
 BLOCKS_A_SEGMENT = 4  # at least: shorter ones spend more on their states than they gain
@@ -45,11 +45,11 @@ class Layout:
 
 def make_layout(B: int, T: int, cu_seqlens: Tensor | None) -> Layout:
     if cu_seqlens is None:
-        return Layout(T, B, triton.cdiv(T, BLOCK.value), None, B)
+        return Layout(T, B, cdiv(T, BLOCK.value), None, B)
     documents = len(cu_seqlens) - 1
     blocks = T // BLOCK.value + documents  # enough for any lengths: no shape depends on the values
     table = torch.empty(blocks, FIELDS.value, dtype=torch.int32, device=cu_seqlens.device)
-    launch(table_kernel, (documents + 1,), cu_seqlens, table, documents, blocks)
+    launch(table_kernel, (documents + 1,), cu_seqlens.dtype, (cu_seqlens, table, documents, blocks))
     return Layout(T, 1, blocks, table, documents)
 
 
@@ -61,8 +61,8 @@ def row_segments(layout: Layout, programs: int, device: torch.device) -> tuple[i
     processors = multiprocessors(device)
     count = 1 if 4 * programs >= 3 * processors else 2 * processors // programs
     count = min(count, max(layout.row_blocks // BLOCKS_A_SEGMENT, 1))
-    length = triton.cdiv(layout.row_blocks, count)
-    return triton.cdiv(layout.row_blocks, length), length
+    length = cdiv(layout.row_blocks, count)
+    return cdiv(layout.row_blocks, length), length
 
 
 @triton.jit(do_not_specialize=["documents", "blocks"])

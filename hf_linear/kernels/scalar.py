@@ -7,10 +7,9 @@ backward pass computes the states again and keeps nothing but the inputs.
 from __future__ import annotations
 
 import torch
-import triton
 from torch import Tensor
 
-from hf_linear.kernels.launch import launch, product_precision, ready
+from hf_linear.kernels.launch import cdiv, launch, product_precision, ready
 from hf_linear.kernels.layout import BLOCK, make_layout, row_segments
 from hf_linear.kernels.scalar_decays import WIDTH, decay_gradient_kernel, decays_kernel
 from hf_linear.kernels.scalar_outputs import outputs_kernel
@@ -65,14 +64,16 @@ class Blocks:
         self.KP, self.VP = (padded(width) for width in (self.K, self.V))
         self.layout = make_layout(B, T, cu_seqlens)
         self.sizes = (T, self.layout.row_blocks, self.H)
+        # All that compiled kernels depend on, besides what a launch adds.
+        self.signature = (v.dtype, self.K, self.V, self.layout.packed)
         self.packed = {"PACKED": self.layout.packed}
         self.common = {**self.packed, "PRECISION": product_precision(v.dtype)}
-        if B > 1 and g.stride(0) != T * g.stride(1):  # tokens are counted over all rows
-            g = g.contiguous()
+        if g.data_ptr() % 16 or (B > 1 and g.stride(0) != T * g.stride(1)):  # tokens are counted over all rows
+            g = ready(g)
         self.decays = v.new_empty(self.layout.blocks, self.H, WIDTH.value, dtype=torch.float32)
         launch(
-            decays_kernel, (self.layout.blocks, self.H), g, self.decays, self.layout.table, *self.sizes,
-            g.stride(1), g.stride(2), **self.packed,
+            decays_kernel, (self.layout.blocks, self.H), self.layout.packed,
+            (g, self.decays, self.layout.table, *self.sizes, g.stride(1), g.stride(2)), lambda: self.packed,
         )  # fmt: skip
 
     def new_state(self, like: Tensor | None) -> Tensor:
@@ -83,7 +84,7 @@ class Blocks:
 
     def new_parts(self) -> Tensor:
         """For one of a token's summands in the gradient of its decay, a part for each tile of keys."""
-        tiles = triton.cdiv(self.K, output_tile(self.v.dtype, self.K)["BO"])
+        tiles = cdiv(self.K, output_tile(self.v.dtype, self.K)["BO"])
         return self.v.new_empty(tiles, self.tokens, self.H, dtype=torch.float32)
 
     def walk(self, *directions: tuple) -> None:
@@ -102,14 +103,19 @@ class Blocks:
             between = self.decays.new_empty(len(directions) * segments, H, K, V)
             passed = self.decays.new_empty(len(directions) * segments, H)
         for local in (True, False) if parts > 1 else (False,):
+            widths = {"K": K, "KP": self.KP, "V": V, "VP": self.VP, "LOCAL": local}
             launch(
-                states_kernel, (tiles, len(directions) * segments, H), *pointers, self.decays, between, passed, layout.table,
-                self.scale, layout.T, layout.row_blocks, segment_blocks, segments, parts, H, given, wanted,
-                K=K, KP=self.KP, V=V, VP=self.VP, LOCAL=local, **self.common, **tile,
+                states_kernel, (tiles, len(directions) * segments, H), (self.signature, local),
+                (
+                    *pointers, self.decays, between, passed, layout.table,
+                    self.scale, layout.T, layout.row_blocks, segment_blocks, segments, parts, H, given, wanted,
+                ), lambda widths=widths: {**widths, **self.common, **tile},
             )  # fmt: skip
             if local:
-                grid = (triton.cdiv(K * V, SCAN_TILE), len(directions) * layout.rows, H)
-                launch(scan_kernel, grid, between, passed, layout.rows, parts, H, SIZE=K * V, TILE=SCAN_TILE)
+                launch(
+                    scan_kernel, (cdiv(K * V, SCAN_TILE), len(directions) * layout.rows, H), self.signature,
+                    (between, passed, layout.rows, parts, H), lambda: {"SIZE": K * V, "TILE": SCAN_TILE},
+                )  # fmt: skip
 
     def outputs(
         self, x: Tensor, w: Tensor, z: Tensor, y: Tensor, later: bool = False, transposed: bool = False,
@@ -118,27 +124,36 @@ class Blocks:
         """A tensor like y: see `scalar_outputs`."""
         out, width, out_width = y.new_empty(y.shape), x.shape[-1], y.shape[-1]
         tile = output_tile(y.dtype, out_width)
+        kind = {"LATER": later, "TRANSPOSED": transposed, "FAR": far is not None}
         launch(
-            outputs_kernel, (triton.cdiv(out_width, tile["BO"]), self.layout.blocks * (BLOCK.value // tile["ROWS"]), self.H),
-            x, w, z, y, out, self.decays, x if own is None else own, self.decays if far is None else far, self.layout.table,
-            self.scale, *self.sizes, self.tokens, IN=width, INP=padded(width), OUT=out_width, OUTP=padded(out_width),
-            LATER=later, TRANSPOSED=transposed, FAR=far is not None, **self.common, **tile,
+            outputs_kernel, (cdiv(out_width, tile["BO"]), self.layout.blocks * (BLOCK.value // tile["ROWS"]), self.H),
+            (self.signature, later, transposed, far is not None),
+            (
+                x, w, z, y, out, self.decays, x if own is None else own, self.decays if far is None else far, self.layout.table,
+                self.scale, *self.sizes, self.tokens,
+            ),
+            lambda: {
+                "IN": width, "INP": padded(width), "OUT": out_width, "OUTP": padded(out_width), **kind, **self.common, **tile,
+            },
         )  # fmt: skip
         return out
 
     def decay_gradient(self, do: Tensor, states: Tensor, d_states: Tensor, read: Tensor, left: Tensor) -> Tensor:
         dg = torch.empty(self.g.shape, dtype=torch.float32, device=self.g.device)
+        widths = {"K": self.K, "KP": self.KP, "V": self.V, "VP": self.VP}
+        parts = {"READ_PARTS": len(read), "LEFT_PARTS": len(left)}
         launch(
-            decay_gradient_kernel, (self.layout.blocks, self.H),
-            self.q, self.k, self.v, do, self.decays, states, d_states, read, left, dg, self.layout.table,
-            self.scale, *self.sizes, self.tokens, K=self.K, KP=self.KP, V=self.V, VP=self.VP,
-            READ_PARTS=len(read), LEFT_PARTS=len(left), **self.common, **gradient_tile(self.v.dtype),
+            decay_gradient_kernel, (self.layout.blocks, self.H), self.signature,
+            (
+                self.q, self.k, self.v, do, self.decays, states, d_states, read, left, dg, self.layout.table,
+                self.scale, *self.sizes, self.tokens,
+            ), lambda: {**widths, **parts, **self.common, **gradient_tile(self.v.dtype)},
         )  # fmt: skip
         return dg
 
 
 def padded(width: int) -> int:
-    return triton.cdiv(width, 64) * 64
+    return cdiv(width, 64) * 64
 
 
 # Products of float32 take three of tf32, and their factors twice the memory: smaller tiles.

@@ -11,10 +11,9 @@ the state, a scan over the segments gives the state that enters each, and the wa
 from __future__ import annotations
 
 import torch
-import triton
 from torch import Tensor
 
-from hf_linear.kernels.launch import launch, product_precision, ready
+from hf_linear.kernels.launch import cdiv, launch, product_precision, ready
 from hf_linear.kernels.layout import make_layout, row_segments
 from hf_linear.kernels.vector_gradients import gradient_kernel
 from hf_linear.kernels.vector_scores import CHUNK, MILD, scores_kernel
@@ -64,7 +63,7 @@ class Chunks:
         self.q, self.k, self.v, self.g = ready(q), ready(k), ready(v), ready(g)
         self.layout = make_layout(B, T, cu_seqlens)
         self.KP = next(width for width in (64, 128, 256) if self.K <= width)
-        self.VP = triton.cdiv(self.V, 64) * 64
+        self.VP = cdiv(self.V, 64) * 64
         self.common = {
             "K": self.K, "KP": self.KP, "PACKED": self.layout.packed, "PRECISION": product_precision(v.dtype),
         }  # fmt: skip
@@ -72,13 +71,17 @@ class Chunks:
         self.x, self.z = v.new_empty(2, chunks, H, CHUNK.value, self.KP)
         self.scores = v.new_empty(chunks, H, CHUNK.value, CHUNK.value)
         self.total = v.new_empty(chunks, H, self.KP, dtype=torch.float32)
-        # Without a mild form all chunks are exact.
-        strong = torch.full((chunks, H), 1, dtype=torch.int8, device=v.device)
+        # All that compiled kernels depend on, besides what a launch adds.
+        self.signature = (v.dtype, self.K, self.V, self.layout.packed)
+        # Without a mild form, which sets them, all chunks are exact.
+        strong = (torch.empty if self.mild else torch.ones)(chunks, H, dtype=torch.int8, device=v.device)
         for exact in self.forms():
             launch(
-                scores_kernel, (chunks, H), self.q, self.k, self.g, self.x, self.z, self.scores, self.total, strong,
-                self.layout.table, scale, self.mild, T, self.layout.row_blocks, H,
-                EXACT=exact, **self.common, **score_tile(v.dtype, exact),
+                scores_kernel, (chunks, H), (self.signature, exact),
+                (
+                    self.q, self.k, self.g, self.x, self.z, self.scores, self.total, strong, self.layout.table,
+                    scale, self.mild, T, self.layout.row_blocks, H,
+                ), lambda exact=exact: {"EXACT": exact, **self.common, **score_tile(v.dtype, exact)},
             )  # fmt: skip
 
     def forms(self) -> tuple[bool, ...]:
@@ -112,12 +115,15 @@ class Chunks:
             optional = (states, entering, leaving, passed, initial, final)
             tile = walk_tile(KP, y.dtype, out is not None)
             tiles = VP // tile["BV"] * (KP // (tile["BK"] * tile["BLOCKS"]))
+            transposed = backwards and out is not None
             launch(
-                walk_kernel, (tiles, layout.rows * segments, H),
-                x, z, y, self.scores, self.total, y if out is None else out, x if states is None else states,
-                *(absent if tensor is None else tensor for tensor in optional[1:]), layout.table,
-                layout.T, layout.row_blocks, blocks, segments, H, int(backwards), *(int(t is not None) for t in optional),
-                OUTPUT=out is not None, TRANSPOSED=backwards and out is not None, V=self.V, VP=VP, **self.common, **tile,
+                walk_kernel, (tiles, layout.rows * segments, H), (self.signature, out is not None, transposed),
+                (
+                    x, z, y, self.scores, self.total, y if out is None else out, x if states is None else states,
+                    *[absent if tensor is None else tensor for tensor in optional[1:]], layout.table,
+                    layout.T, layout.row_blocks, blocks, segments, H, int(backwards), *[int(t is not None) for t in optional],
+                ),
+                lambda: {"OUTPUT": out is not None, "TRANSPOSED": transposed, "V": self.V, "VP": VP, **self.common, **tile},
             )  # fmt: skip
 
         if segments == 1:
@@ -132,23 +138,26 @@ class Chunks:
             documents, rows = rows, documents
         walk_segments(leaving=between, passed=passed, initial=documents["initial"])
         launch(
-            scan_kernel, (VP // SCAN_TILE["BV"], KP // SCAN_TILE["BK"], layout.rows * H),
-            between, passed, *(absent if tensor is None else tensor for tensor in rows.values()), segments, H, int(backwards),
-            *(int(tensor is not None) for tensor in rows.values()),
-            K=self.K, KP=KP, V=self.V, PRECISION=self.common["PRECISION"], **SCAN_TILE,
+            scan_kernel, (VP // SCAN_TILE["BV"], KP // SCAN_TILE["BK"], layout.rows * H), self.signature,
+            (
+                between, passed, *[absent if tensor is None else tensor for tensor in rows.values()],
+                segments, H, int(backwards), *[int(tensor is not None) for tensor in rows.values()],
+            ), lambda: {"K": self.K, "KP": KP, "V": self.V, "PRECISION": self.common["PRECISION"], **SCAN_TILE},
         )  # fmt: skip
         walk_segments(out=out, states=states, entering=between, **documents)
 
     def gradients(self, do: Tensor, states: Tensor, d_states: Tensor, needs_dg: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-        layout, H, tile = self.layout, self.H, gradient_tile(self.v.dtype)
+        layout, H, tile = self.layout, self.H, gradient_tile(self.v.dtype, self.VP)
         dq, dk = self.q.new_empty(self.q.shape), self.k.new_empty(self.k.shape)
         dg = self.g.new_empty(self.g.shape) if needs_dg else None
         for exact in self.forms():
+            kind = {"EXACT": exact, "DG": needs_dg, "V": self.V, "VP": self.VP}
             launch(
-                gradient_kernel, (self.KP // tile["BK"], layout.blocks, H),
-                self.q, self.k, self.v, do, self.g, self.total, states, d_states, dq, dk, dq if dg is None else dg,
-                layout.table, self.scale, self.mild, layout.T, layout.row_blocks, H,
-                V=self.V, VP=self.VP, EXACT=exact, DG=needs_dg, **self.common, **tile,
+                gradient_kernel, (self.KP // tile["BK"], layout.blocks, H), (self.signature, exact, needs_dg),
+                (
+                    self.q, self.k, self.v, do, self.g, self.total, states, d_states, dq, dk, dq if dg is None else dg,
+                    layout.table, self.scale, self.mild, layout.T, layout.row_blocks, H,
+                ), lambda kind=kind: {**kind, **self.common, **tile},
             )  # fmt: skip
         return dq, dk, dg
 
@@ -167,10 +176,11 @@ def walk_tile(KP: int, dtype: torch.dtype, output: bool) -> dict[str, int]:
     return {"BK": BK, "BLOCKS": KP // BK, "BV": BV, "num_warps": 4, "num_stages": 1 if single else 2}
 
 
-def gradient_tile(dtype: torch.dtype) -> dict[str, int]:
+def gradient_tile(dtype: torch.dtype, VP: int) -> dict[str, int]:
     if dtype == torch.float32:
         return {"BK": 32, "BV": 32, "num_warps": 8, "num_stages": 1}
-    return {"BK": 32, "BV": 64, "num_warps": 8, "num_stages": 3}
+    # 32 channels spill less. Of one tile of V alone Triton 3.6 makes a kernel of them that reads where it must not.
+    return {"BK": 64 if VP == 64 else 32, "BV": 64, "num_warps": 8, "num_stages": 3}
 
 
 SCAN_TILE = {"BK": 64, "BV": 32}

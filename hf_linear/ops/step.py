@@ -42,7 +42,8 @@ def recurrent_step(
     if T != 1:
         raise ValueError(f"recurrent_step must get one token, got T = {T}: for more take linear_attention or its gated form")
     if g is not None:
-        check_shape("g", g, "[H], [B, 1, H] or [B, 1, H, K]", {1: (H,), 3: (B, 1, H)}.get(g.dim(), (B, 1, H, K)))
+        wanted = {1: (H,), 3: (B, 1, H)}.get(g.dim(), (B, 1, H, K))
+        check_shape("g", g, "[H], [B, 1, H] or [B, 1, H, K]", wanted, "give one decay a head or a key channel, or None")
         g = g.expand(B, 1, H) if g.dim() == 1 else g
     if needs_gradient(q, k, v, g, state):
         raise ValueError(
