@@ -5,8 +5,12 @@ Eager calls go round the dispatcher: on a small shape it takes longer than the k
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from hf_linear.kernels import scalar, vector
 from hf_linear.kernels.launch import on_device
@@ -76,16 +80,18 @@ def setup_context(ctx, inputs, output) -> None:
     ctx.set_materialize_grads(False)
 
 
-def differentiate(ctx, do: Tensor | None, d_final: Tensor | None):
+def differentiate(backward: Callable, ctx, do: Tensor | None, d_final: Tensor | None):
+    """The gradients by `backward`, the function or the operator."""
     q, k, v, g, initial_state, cu_seqlens = ctx.saved_tensors
     do = torch.zeros_like(v) if do is None else do
     needs_dg = ctx.needs_input_grad[3]
-    run = torch.ops.hf_linear.chunk_attention_backward if torch.compiler.is_compiling() else backward
-    dq, dk, dv, dg, d_initial = run(do, d_final, q, k, v, g, ctx.scale, initial_state, cu_seqlens, needs_dg)
+    dq, dk, dv, dg, d_initial = backward(do, d_final, q, k, v, g, ctx.scale, initial_state, cu_seqlens, needs_dg)
     return dq, dk, dv, dg if needs_dg else None, None, d_initial if ctx.needs_input_grad[5] else None, None
 
 
-torch.library.register_autograd(FORWARD, differentiate, setup_context=setup_context)
+torch.library.register_autograd(
+    FORWARD, partial(differentiate, torch.ops.hf_linear.chunk_attention_backward), setup_context=setup_context
+)
 
 
 class ChunkAttention(torch.autograd.Function):
@@ -97,7 +103,7 @@ class ChunkAttention(torch.autograd.Function):
         setup_context(ctx, inputs, output)
         return output
 
-    backward = staticmethod(torch.autograd.function.once_differentiable(differentiate))
+    backward = staticmethod(once_differentiable(partial(differentiate, backward)))
 
 
 def chunk_attention(
