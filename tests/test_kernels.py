@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 import hf_linear
 from hf_linear import ops
+from hf_linear.ops import gpu
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 on_gpu = pytest.mark.gpu
@@ -159,6 +160,23 @@ def test_compiled_equals_eager():
     compiled = torch.compile(call, fullgraph=True, backend="aot_eager", dynamic=True)
     (found,) = torch.autograd.grad(compiled(leaf), leaf)
     assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("name", ["GLA", "RetNet"])
+def test_models_compile_without_a_break(name, monkeypatch):
+    """Forward and backward in one graph each, the recurrences as operators in it."""
+    monkeypatch.setattr(gpu, "chosen", lambda backend, q, v: True)
+    config = getattr(hf_linear, f"{name}Config")(hidden_size=64, num_hidden_layers=1, num_heads=2, vocab_size=64)
+    model = getattr(hf_linear, f"{name}ForCausalLM")(config).to(DEVICE)
+    ids = torch.randint(64, (2, 70), device=DEVICE)
+    results = []
+    for call in (model, torch.compile(model, fullgraph=True, backend="aot_eager")):
+        model.zero_grad()
+        loss = call(ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        results.append([loss.detach(), *(p.grad.clone() for p in model.parameters())])
+    for x, y in zip(*results, strict=True):
+        torch.testing.assert_close(x, y)  # sums may be taken in another order
 
 
 @pytest.mark.parametrize(
