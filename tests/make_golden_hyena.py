@@ -152,9 +152,9 @@ def draw(model: nn.Module) -> nn.Module:
         elif name.endswith((".z", ".freq")):
             p.add_(noise / 20)
         elif "implicit_filter" in name:
-            p.copy_(noise / 8)  # sines of ten times that: with more, the rounding of float32 grows to 1e-5
+            p.copy_(noise / 16)  # sines of w times that, layer after layer: more, and rounding alone makes 1e-5
         else:
-            p.copy_(noise * (1.0 if p.dim() == 1 or "embed" in name else p[0].numel() ** -0.5))
+            p.copy_(noise * (1.0 if p.dim() == 1 else p[0].numel() ** -0.5))
     return model.eval()
 
 

@@ -19,6 +19,8 @@ from transformers import (
     AutoTokenizer,
 )
 
+from conversion import hyenadna as hyenadna_script
+from conversion import safari as safari_script
 from hf_linear import HyenaConfig, HyenaForCausalLM
 from hf_linear.checkpoints import hyenadna
 
@@ -152,3 +154,127 @@ def test_tokens_are_the_originals(tmp_path):
     config = HyenaConfig(**hyenadna.config_fields(golden("hf")[0]))
     for name in ("pad", "bos", "eos"):
         assert getattr(tokenizer, f"{name}_token_id") == getattr(config, f"{name}_token_id")
+
+
+# --- conversion/ -----------------------------------------------------------------------------------------------------
+
+
+def write_original(folder: Path, config: dict, checkpoint: object) -> list[str]:
+    """The files of an original, and the arguments that name them."""
+    torch.save(checkpoint, folder / "weights.ckpt")
+    (folder / "config.json").write_text(json.dumps(config))
+    return ["--checkpoint", str(folder / "weights.ckpt"), "--config", str(folder / "config.json")]
+
+
+@pytest.mark.parametrize("name", ["lightning", "infix"])
+def test_converts_hyenadna(name, tmp_path, capsys):
+    config, weights, ids, expected = golden(name)
+    arguments = write_original(tmp_path, config, {"epoch": 3, "state_dict": weights})
+    hyenadna_script.main([*arguments, "--output", str(tmp_path / "ours"), "--verify"])
+    assert "verified: 52 tensors as read" in capsys.readouterr().out
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
+    assert close(model(ids).logits, expected)
+    assert model.config.tie_word_embeddings and model.config.filter_shift == 0.05 and not model.config.train_filter_positions
+    tokens = AutoTokenizer.from_pretrained(tmp_path / "ours")("ACGT", return_tensors="pt")
+    assert tokens["input_ids"].tolist() == [[7, 8, 9, 10, 1]]
+
+
+@pytest.mark.parametrize("name", ["safari", "safari-modulate"])
+def test_converts_safari(name, tmp_path):
+    config, weights, ids, expected = golden(name)
+    arguments = write_original(tmp_path, config, weights)
+    safari_script.main([*arguments, "--output", str(tmp_path / "ours"), "--tokenizer", "none", "--verify"])
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
+    assert close(model(ids).logits, expected)
+    assert model.config.filter_modulate == (name == "safari-modulate") and model.config.filter_shift == 0.0
+    assert model.config.train_filter_positions and model.config.vocab_size == 16
+
+
+def test_the_pile_model_is_the_default_config():
+    fields = hyenadna.config_fields(safari_script.PILE, filter_shift=0.0)
+    default = HyenaConfig().to_dict()
+    differing = {name for name, value in fields.items() if default[name] != value}
+    assert differing == {"filter_modulate"} and fields["vocab_size"] == 50264
+
+
+def test_a_head_of_its_own_stays_apart(tmp_path):
+    config, weights, ids, expected = golden("lightning")
+    weights["model.lm_head.weight"] = 2 * weights["model.lm_head.weight"]
+    model = hyenadna_script.convert(weights, config, filter_shift=0.05)
+    model.save_pretrained(tmp_path)
+    # Twice the logits have twice the difference.
+    assert close(AutoModelForCausalLM.from_pretrained(tmp_path)(ids).logits / 2, expected)
+
+
+class Hyperparameters(dict):
+    """Runs code when it is unpickled, as anything in a pickle may."""
+
+    def __reduce__(self):
+        return print, ("this ran",)
+
+
+class Settings:
+    def __init__(self):
+        self.lr = 6e-4
+
+
+def test_a_checkpoint_runs_no_code(tmp_path, capsys):
+    config, weights, _, _ = golden("lightning")
+    beside = {"hyper_parameters": Hyperparameters(), "settings": Settings(), "state_dict": weights}
+    arguments = write_original(tmp_path, config, beside)
+    torch.load(tmp_path / "weights.ckpt", weights_only=False)
+    assert "this ran" in capsys.readouterr().out
+    hyenadna_script.main([*arguments, "--output", str(tmp_path / "ours")])
+    assert "this ran" not in capsys.readouterr().out
+    assert (tmp_path / "ours" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    "checkpoint, message",
+    [
+        ({"hyper_parameters": {1, 2}, "state_dict": {}}, "must hold a state dict"),
+        ({"weights": {"a": 1}}, r"must hold a state dict.*\['weights'\]"),
+        ([1, 2], "must hold a state dict.*got list"),
+        ({"state_dict": {"model.linear.weight": torch.ones(1)}}, "must begin with one of"),
+    ],
+)
+def test_what_is_no_checkpoint(checkpoint, message, tmp_path):
+    arguments = write_original(tmp_path, golden("lightning")[0], checkpoint)
+    with pytest.raises(ValueError, match=message):
+        hyenadna_script.main([*arguments, "--output", str(tmp_path / "ours")])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "weights.ckpt"]
+
+
+def test_a_file_that_needs_more_names_the_remedy(tmp_path):
+    arguments = write_original(tmp_path, golden("lightning")[0], {})
+    (tmp_path / "weights.ckpt").write_bytes(b"no checkpoint")
+    with pytest.raises(ValueError, match=r"torch\.save its state_dict alone"):
+        hyenadna_script.main([*arguments, "--output", str(tmp_path / "ours")])
+
+
+def test_an_interrupted_conversion_leaves_nothing(tmp_path, monkeypatch):
+    config, weights, _, _ = golden("lightning")
+    arguments = [*write_original(tmp_path, config, {"state_dict": weights}), "--output", str(tmp_path / "ours"), "--verify"]
+    monkeypatch.setattr("conversion.output.proof", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        hyenadna_script.main(arguments)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "weights.ckpt"]
+    monkeypatch.undo()
+    hyenadna_script.main(arguments)
+    with pytest.raises(FileExistsError, match="take another name"):
+        hyenadna_script.main(arguments)
+
+
+@pytest.mark.parametrize(
+    "layer, message",
+    [
+        ({"num_heads": 4}, "num_heads of hyenadna must be 1, got 4"),
+        ({"bidirectional": True}, "bidirectional of hyenadna must be False, got True"),
+        ({"order": 3}, "order of hyenadna must be 2, got 3"),
+        ({"modulat": False}, "known fields, got 'modulat'"),
+    ],
+)
+def test_variant_of_an_original_that_is_not_here(layer, message):
+    config, weights, _, _ = golden("safari")
+    with pytest.raises(ValueError, match=message):
+        hyenadna_script.convert(weights, config | {"layer": config["layer"] | layer})
