@@ -40,7 +40,8 @@ def argument_parser(description: str | None) -> argparse.ArgumentParser:
 
 
 def run(arguments: argparse.Namespace, fields: dict[str, Any], tokenizer: PreTrainedTokenizerBase | None, **defaults) -> None:
-    output.check_absent(arguments.output)  # before the work
+    if arguments.output.exists():
+        raise FileExistsError(f"--output must not exist yet, got {arguments.output}: take another name, or remove it")
     model = convert(read_state_dict(arguments.checkpoint), fields, **defaults)
     output.write(model, tokenizer, arguments.output, arguments.verify)
 

@@ -9,7 +9,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 def write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, output: Path, verify: bool) -> None:
     """Write to a folder beside `output` and rename it at the end, so that an interrupted conversion leaves no half of one."""
-    check_absent(output)
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as scratch:
         folder = Path(scratch) / output.name
@@ -20,11 +19,6 @@ def write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, out
             print(proof(folder, model, tokenizer))
         folder.rename(output)
     print(f"wrote {output}: AutoModelForCausalLM.from_pretrained({str(output)!r}) opens it")
-
-
-def check_absent(output: Path) -> None:
-    if output.exists():
-        raise FileExistsError(f"--output must not exist yet, got {output}: take another name, or remove it")
 
 
 @torch.no_grad()

@@ -210,7 +210,7 @@ def make_tokens(code: types.ModuleType) -> None:
             return self.__dict__.get("_vocab_str_to_int", {token: i for i, token in enumerate(special)})
 
     tokenizer = Tokenizer(characters=list("ACGTN"), model_max_length=18)
-    texts = ["ACGTN", "", "acgt", "AC GT\nN", "NNNNACGTACGTX", "A[MASK]C", "[PAD]AC[SEP]G"]
+    texts = ["ACGTN", "", "acgt", "AC GT\n\nN", "NNNNACGTACGTX", "A[MASK]C", "[PAD]AC[SEP]G"]
     ids = {text: tokenizer(text)["input_ids"] for text in texts}
     (GOLDEN / "dna_tokens.json").write_text(json.dumps(ids, indent=1) + "\n")
 

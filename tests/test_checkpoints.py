@@ -201,6 +201,7 @@ def test_a_head_of_its_own_stays_apart(tmp_path):
     config, weights, ids, expected = golden("lightning")
     weights["model.lm_head.weight"] = 2 * weights["model.lm_head.weight"]
     model = hyenadna_script.convert(weights, config, filter_shift=0.05)
+    assert not model.config.tie_word_embeddings
     model.save_pretrained(tmp_path)
     # Twice the logits have twice the difference.
     assert close(AutoModelForCausalLM.from_pretrained(tmp_path)(ids).logits / 2, expected)
