@@ -16,6 +16,7 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     AutoTokenizer,
 )
 
@@ -80,11 +81,23 @@ def test_classifier_opens_with_its_head(tmp_path):
         assert close(model(padded, attention_mask=(padded != 4).long()).logits, expected)
 
 
-def test_a_new_head_on_a_language_model_is_reported(tmp_path):
+@pytest.mark.parametrize(
+    "auto_class, missing",
+    [(AutoModelForSequenceClassification, {"score.weight"}), (AutoModelForTokenClassification, {"score.weight", "score.bias"})],
+)
+def test_a_new_head_on_a_language_model_is_reported(auto_class, missing, tmp_path):
     config, weights, _, _ = golden("hf")
     repository = write_repository(tmp_path, config, weights)
-    _, problems = AutoModelForSequenceClassification.from_pretrained(repository, output_loading_info=True)
-    assert problems["missing_keys"] == {"score.weight"} and problems["unexpected_keys"] == {"lm_head.weight"}
+    _, problems = auto_class.from_pretrained(repository, output_loading_info=True)
+    assert problems["missing_keys"] == missing and problems["unexpected_keys"] == {"lm_head.weight"}
+
+
+def test_filters_keep_their_precision_in_a_narrow_model(tmp_path):
+    config, weights, ids, expected = golden("hf")
+    model = AutoModelForCausalLM.from_pretrained(write_repository(tmp_path, config, weights), dtype=torch.bfloat16)
+    assert torch.equal(model.get_submodule("model.layers.1.mixer.implicit_filter").z, weights[Z][0])
+    # Logits of size 3 through two layers whose every product is rounded to 8 bits.
+    assert torch.allclose(model(ids).logits.float(), expected, rtol=0, atol=0.1)
 
 
 Z = "hyena.backbone.layers.1.mixer.filter_fn.pos_emb.z"

@@ -147,7 +147,7 @@ def config_fields(theirs: Mapping[str, Any], **defaults: Any) -> dict[str, Any]:
 
 # --- Weights ---------------------------------------------------------------------------------------------------------
 
-HEADS = ("lm_head.weight", "score.weight")
+HEADS = ("lm_head.", "score.")
 # Both sides are names of modules or parameters; weights and biases follow by themselves.
 OUTSIDE = {"backbone.embeddings.word_embeddings": "model.embed_tokens", "backbone.ln_f": "model.norm"}
 LAYER = {
@@ -202,9 +202,9 @@ def convert_weights(theirs: Mapping[str, Tensor], config: PreTrainedConfig, want
             check_derived(key, x, config)
             continue
         name = translated(core, ours_of)
-        if name is None or not (name in wanted or name in HEADS):
+        if name is None or not (name in wanted or name.startswith(HEADS)):
             raise ValueError(f"unexpected key {key!r} of shape {list(x.shape)}: {assumed}")
-        if name in wanted and name != "score.weight":  # Transformers itself looks at the shape of a new head
+        if name in wanted and not name.startswith("score."):  # Transformers itself looks at the shape of a new head
             shape = their_shape(core, wanted[name])
             if list(x.shape) != shape:
                 raise ValueError(f"{key!r} must have the shape {shape}, got {list(x.shape)}: {assumed}")
@@ -212,10 +212,10 @@ def convert_weights(theirs: Mapping[str, Tensor], config: PreTrainedConfig, want
         if name in ours and not torch.equal(ours[name], x):
             raise ValueError(f"{origin[name]!r} and {key!r} must be one tensor, got two that differ: {assumed}")
         ours[name], origin[name] = x, key
-    optional = {"score.weight"} | ({"lm_head.weight"} if config.tie_word_embeddings else set())
-    for name in wanted.keys() - ours.keys() - optional:
+    optional = ("score.", "lm_head.") if config.tie_word_embeddings else ("score.",)
+    for name in [name for name in wanted if name not in ours and not name.startswith(optional)]:
         core = translated(name, theirs_of) or name
-        key = core if core in HEADS else prefix + core
+        key = core if core.startswith(HEADS) else prefix + core
         raise ValueError(f"missing key {key!r}, wanted with the shape {their_shape(core, wanted[name])}: {assumed}")
     return ours
 
