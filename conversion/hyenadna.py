@@ -39,7 +39,9 @@ def argument_parser(description: str | None) -> argparse.ArgumentParser:
     return parser
 
 
-def run(arguments: argparse.Namespace, fields: dict[str, Any], tokenizer: PreTrainedTokenizerBase | None, **defaults) -> None:
+def run(
+    arguments: argparse.Namespace, fields: dict[str, Any], tokenizer: PreTrainedTokenizerBase | None, **defaults: Any
+) -> None:
     if arguments.output.exists():
         raise FileExistsError(f"--output must not exist yet, got {arguments.output}: take another name, or remove it")
     model = convert(read_state_dict(arguments.checkpoint), fields, **defaults)
