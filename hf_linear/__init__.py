@@ -27,7 +27,7 @@ def register() -> None:
         "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES": AutoModelForSequenceClassification,
         "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES": AutoModelForTokenClassification,
     }
-    for config, *classes in models.FAMILIES:
+    for config, *classes in [*models.FAMILIES, *models.LAYOUTS]:
         other = CONFIG_MAPPING[config.model_type].__module__ if config.model_type in CONFIG_MAPPING else __name__
         if other.split(".")[0] != __name__:  # a class of ours from an earlier import is replaced
             warnings.warn(
@@ -37,7 +37,7 @@ def register() -> None:
             )
             continue
         AutoConfig.register(config.model_type, config, exist_ok=True)
-        for (names, auto_class), cls in zip(auto_classes.items(), classes, strict=True):
+        for (names, auto_class), cls in zip(auto_classes.items(), classes, strict=False):  # a layout has no classes
             auto_class.register(config, cls, exist_ok=True)
             getattr(modeling_auto, names)[config.model_type] = cls.__name__  # Trainer and pipelines go by these names
 

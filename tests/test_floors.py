@@ -6,7 +6,17 @@ from pathlib import Path
 import hf_linear
 
 ROOT = Path(hf_linear.__file__).parent
-FLOORS = {"kernels": 0, "ops": 1, "modules": 2, "cache": 3, "inputs": 3, "mixers": 3, "decoder": 4, "models": 5}
+FLOORS = {
+    "kernels": 0,
+    "ops": 1,
+    "modules": 2,
+    "cache": 3,
+    "inputs": 3,
+    "mixers": 3,
+    "decoder": 4,
+    "checkpoints": 4,
+    "models": 5,
+}
 
 
 def imports(path: Path) -> set[str]:

@@ -9,6 +9,7 @@ from hf_linear.models.gla import (
 )
 from hf_linear.models.hyena import (
     HyenaConfig,
+    HyenaDNAConfig,
     HyenaForCausalLM,
     HyenaForSequenceClassification,
     HyenaForTokenClassification,
@@ -75,4 +76,7 @@ FAMILIES = [
     ),
 ]
 
-__all__ = [cls.__name__ for family in FAMILIES for cls in family]
+# Layouts of other libraries, which the Auto classes read as a family above.
+LAYOUTS = [(HyenaDNAConfig,)]
+
+__all__ = [cls.__name__ for family in [*FAMILIES, *LAYOUTS] for cls in family]
