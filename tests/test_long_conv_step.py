@@ -25,6 +25,23 @@ def test_step_is_the_long_convolution(prefill):
         torch.testing.assert_close(y, exact[..., t], rtol=0, atol=1e-11)
 
 
+@pytest.mark.parametrize(("C", "t"), [(8, 3), (8, 9), (8, 0)])
+def test_count_that_does_not_fit_the_state(C, t):
+    h, state, one = torch.randn(2, 16), torch.zeros(1, 2, C), torch.ones(1, 2)
+    with pytest.raises(ValueError, match=f"t must count .* C = {C}, got {t}: pass"):
+        ops.long_conv_ahead(h, state, t)
+    with pytest.raises(ValueError, match=f"t must lie .* C = {C} columns, got {t}: call"):
+        ops.long_conv_step(one, h, one[0], one, state, t)
+
+
+def test_step_refuses_gradients():
+    h, state, one = torch.randn(2, 16, requires_grad=True), torch.zeros(1, 2, 8), torch.ones(1, 2)
+    with pytest.raises(ValueError, match="without a gradient.*take long_conv"):
+        ops.long_conv_ahead(h, state, 4)
+    with pytest.raises(ValueError, match="without a gradient.*take long_conv"):
+        ops.long_conv_step(one, h, one[0], one, state, 4)
+
+
 @pytest.mark.parametrize("name", ["hyena", "hyena-order3"])
 def test_decoding_is_the_full_forward(name):
     """Prefill, tokens, several tokens, tokens; a snapshot goes on by itself. Sines of filters magnify rounding to 1e-12."""
