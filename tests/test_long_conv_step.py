@@ -36,9 +36,9 @@ def test_count_that_does_not_fit_the_state(C, t):
 
 def test_step_refuses_gradients():
     h, state, one = torch.randn(2, 16, requires_grad=True), torch.zeros(1, 2, 8), torch.ones(1, 2)
-    with pytest.raises(ValueError, match="without a gradient.*take long_conv"):
+    with pytest.raises(ValueError, match=r"without a gradient.*take long_conv"):
         ops.long_conv_ahead(h, state, 4)
-    with pytest.raises(ValueError, match="without a gradient.*take long_conv"):
+    with pytest.raises(ValueError, match=r"without a gradient.*take long_conv"):
         ops.long_conv_step(one, h, one[0], one, state, 4)
 
 
