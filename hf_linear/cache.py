@@ -121,7 +121,7 @@ class StateLayer(LinearAttentionLayer, CacheLayerMixin):
 
 
 class HistoryLayer(StateLayer):
-    """A state that grows by one column a token, along its last dimension: what an implicit long convolution remembers."""
+    """A state that grows along its last dimension, to at most twice the tokens: what an implicit long convolution remembers."""
 
     is_compileable = False
 

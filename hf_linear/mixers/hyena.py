@@ -14,14 +14,15 @@ from hf_linear.cache import HistoryLayer
 from hf_linear.mixers.base import RecurrentMixer
 from hf_linear.modules.padding import right_align, take, zero_padding
 from hf_linear.modules.short_conv import ShortConv
-from hf_linear.ops import long_conv
+from hf_linear.ops import long_conv, long_conv_ahead, long_conv_step
 from hf_linear.ops.dispatch import full_precision
 
 
 class Hyena(RecurrentMixer):
     """v <- h_n * (x_n v) + skip_n x_n v for n = N-1, ..., 1, then y = out_proj(x_0 v); x_0, ..., x_{N-1}, v project the input.
 
-    State: the inputs of its N - 1 long convolutions, [B, (N - 1) D, t], and the last inputs of the short one.
+    State: the inputs of its N - 1 long convolutions and, once tokens come one by one, sums ahead of them (`long_conv_ahead`):
+    [B, (N - 1) D, C], t <= C <= 2 t; and the last inputs of the short one.
     Source: arXiv 2302.10866, definition 3.1.
     """
 
@@ -53,7 +54,11 @@ class Hyena(RecurrentMixer):
         *gates, v = short.split(D, dim=-1)
 
         histories = past.get("recurrent")
-        seen = 0 if histories is None else histories.shape[-1]
+        seen = 0 if cache is None or histories is None else int(cache.get_seq_length())
+        if cache is not None and histories is not None and self.takes_step(x, histories, attention_mask, cu_seqlens):
+            v, histories = self.step(v, gates, histories, seen)
+            cache.write(1, conv=conv_state, recurrent=histories)
+            return self.out_proj(gates[0] * v), None
         if cu_seqlens is None:
             length = seen + x.shape[1]
         else:  # the longest document's; in a graph all of it, for no shape may depend on the documents
@@ -62,12 +67,31 @@ class Hyena(RecurrentMixer):
         kept = []
         for n in range(self.order - 1, 0, -1):
             i = self.order - 1 - n
-            history = None if histories is None else histories[:, i * D : (i + 1) * D]
+            history = None if histories is None else histories[:, i * D : (i + 1) * D, :seen]
             v, history = self.convolve(v, gates[n], h[i], skip[i], history, attention_mask, cu_seqlens)
             kept.append(history)
         if cache is not None:
             cache.write(x.shape[1], conv=conv_state, recurrent=torch.cat(kept, 1))
         return self.out_proj(gates[0] * v), None
+
+    @staticmethod
+    def takes_step(x: Tensor, histories: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> bool:
+        """One token, no padding that would move the history, and nothing that belongs to a graph."""
+        if x.shape[1] != 1 or cu_seqlens is not None or torch.compiler.is_compiling():
+            return False
+        if torch.is_grad_enabled() or histories.requires_grad:
+            return False
+        return mask is None or bool(mask.all())  # a look at the mask costs less than the convolution it saves
+
+    def step(self, v: Tensor, gates: list[Tensor], histories: Tensor, seen: int) -> tuple[Tensor, Tensor]:
+        """All long convolutions for one token, [B, 1, D], and the state that it leads to."""
+        D = v.shape[-1]
+        h, skip = self.implicit_filter(max(seen + 1, min(2 * seen, self.implicit_filter.length)))
+        histories = long_conv_ahead(h.flatten(0, 1), histories, seen)
+        v = v[:, 0]
+        for i, gate in enumerate(gates[:0:-1]):
+            v = long_conv_step(v, h[i], skip[i], gate[:, 0], histories[:, i * D : (i + 1) * D], seen)
+        return v[:, None], histories
 
     @staticmethod
     def convolve(
@@ -116,6 +140,7 @@ class HyenaFilter(nn.Module):
         self.layers = nn.ModuleList(nn.Linear(a, b, **options) for a, b in pairwise(sizes))
         self.out = nn.Linear(width, self.channels, bias=False, **options)
         self.skip = nn.Parameter(torch.empty(self.channels, **options))
+        self.evaluated: tuple[list, list[Tensor], Tensor] | None = None
 
     def _apply(self, fn, recurse=True):
         def keep_float32(x: Tensor) -> Tensor:
@@ -123,6 +148,7 @@ class HyenaFilter(nn.Module):
             rounded = moved.dtype in (torch.bfloat16, torch.float16)
             return x.to(moved.device, torch.float32) if rounded else moved  # moved.float() would be rounded already
 
+        self.evaluated = None
         return super()._apply(keep_float32, recurse)
 
     def forward(self, length: int) -> tuple[Tensor, Tensor]:
@@ -132,6 +158,25 @@ class HyenaFilter(nn.Module):
                 f"a sequence or document must not be longer than the Hyena filter, max_position_embeddings = {self.length}, "
                 f"got {length} tokens: shorten it, or train a model with a longer filter"
             )
+        h = self.evaluate(length) if torch.is_grad_enabled() or torch.compiler.is_compiling() else self.remembered(length)
+        per_order = (self.config.hyena_order - 1, -1)
+        # A copy of the skips: FSDP2 takes the parameters of a module back when its forward ends.
+        return h.unflatten(0, per_order), self.skip.clone().unflatten(0, per_order)
+
+    def remembered(self, length: int) -> Tensor:
+        """`evaluate` without a gradient, anew only for other weights or a greater length."""
+        weights = list(self.parameters())
+        if any(weight.is_inference() for weight in weights):
+            return self.evaluate(length)  # such tensors count no versions
+        key = [(weight.data_ptr(), weight._version, weight.dtype, weight.device) for weight in weights]
+        if self.evaluated is None or self.evaluated[0] != key or self.evaluated[2].shape[1] < length:
+            longer = min(1 << (length - 1).bit_length(), self.length)  # tokens that follow find it long enough
+            # Held weights keep their addresses: a new weight at a freed one would pass for the old.
+            self.evaluated = key, [weight.detach() for weight in weights], self.evaluate(longer).contiguous()
+        return self.evaluated[2][:, :length]
+
+    def evaluate(self, length: int) -> Tensor:
+        """The filters of all orders, [channels, length]."""
         with full_precision(self.z):
             x = self.z[:length]
             for layer in self.layers:
@@ -141,9 +186,7 @@ class HyenaFilter(nn.Module):
                 h = h * self.window(length, h)
             if self.config.filter_normalize:
                 h = h / h.abs().sum(-1, keepdim=True)
-        per_order = (self.config.hyena_order - 1, -1)
-        # A copy of the skips: FSDP2 takes the parameters of a module back when its forward ends.
-        return h.T.unflatten(0, per_order), self.skip.clone().unflatten(0, per_order)
+        return h.T
 
     def window(self, length: int, like: Tensor) -> Tensor:
         """exp(-t |delta|) + shift, [length, channels]; t runs from 0 to 1 over the whole filter."""
