@@ -75,3 +75,16 @@ def test_filter_is_remembered_per_weights():
         assert filter.double()(100)[0].dtype == torch.float64
     assert set(model.state_dict()) == keys
     assert filter(100)[0].requires_grad
+
+
+def test_filter_is_evaluated_anew_behind_training_and_under_hooks():
+    """Changes that no version of a weight shows: of gathered weights between two evaluations, and of what is around one."""
+    filter = next(module for module in tiny_model("hyena").modules() if isinstance(module, HyenaFilter))
+    with torch.no_grad():
+        first, _ = filter(100)
+    filter(100)
+    filter.out.weight.data.mul_(2)
+    with torch.no_grad():
+        torch.testing.assert_close(filter(100)[0], 2 * first)
+        filter.out.register_forward_hook(lambda module, inputs, output: 3 * output)
+        torch.testing.assert_close(filter(100)[0], 6 * first)

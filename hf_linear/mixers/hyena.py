@@ -12,6 +12,7 @@ from transformers import Cache, PreTrainedConfig
 
 from hf_linear.cache import HistoryLayer
 from hf_linear.mixers.base import RecurrentMixer
+from hf_linear.modules.fused import is_untouched
 from hf_linear.modules.padding import right_align, take, zero_padding
 from hf_linear.modules.short_conv import ShortConv
 from hf_linear.ops import long_conv, long_conv_ahead, long_conv_step
@@ -158,10 +159,20 @@ class HyenaFilter(nn.Module):
                 f"a sequence or document must not be longer than the Hyena filter, max_position_embeddings = {self.length}, "
                 f"got {length} tokens: shorten it, or train a model with a longer filter"
             )
-        h = self.evaluate(length) if torch.is_grad_enabled() or torch.compiler.is_compiling() else self.remembered(length)
+        if torch.compiler.is_compiling():
+            h = self.evaluate(length)
+        elif torch.is_grad_enabled() or not self.is_plain():
+            self.evaluated = None  # where weights learn, not every change of theirs shows: FSDP2 hides those of gathered ones
+            h = self.evaluate(length)
+        else:
+            h = self.remembered(length)
         per_order = (self.config.hyena_order - 1, -1)
         # A copy of the skips: FSDP2 takes the parameters of a module back when its forward ends.
         return h.unflatten(0, per_order), self.skip.clone().unflatten(0, per_order)
+
+    def is_plain(self) -> bool:
+        """Whether the weights alone make the filter; an adapter may be switched off without a change of any."""
+        return all(type(layer) is nn.Linear and is_untouched(layer) for layer in (*self.layers, self.out))
 
     def remembered(self, length: int) -> Tensor:
         """`evaluate` without a gradient, anew only for other weights or a greater length."""
