@@ -102,14 +102,14 @@ class Blocks:
         if parts > 1:
             between = self.decays.new_empty(len(directions) * segments, H, K, V)
             passed = self.decays.new_empty(len(directions) * segments, H)
-        for local in (True, False) if parts > 1 else (False,):
-            widths = {"K": K, "KP": self.KP, "V": V, "VP": self.VP, "LOCAL": local}
+        widths = {"K": K, "KP": self.KP, "V": V, "VP": self.VP}
+        for local in (1, 0) if parts > 1 else (0,):
             launch(
-                states_kernel, (tiles, len(directions) * segments, H), (self.signature, local),
+                states_kernel, (tiles, len(directions) * segments, H), self.signature,
                 (
                     *pointers, self.decays, between, passed, layout.table,
-                    self.scale, layout.T, layout.row_blocks, segment_blocks, segments, parts, H, given, wanted,
-                ), lambda widths=widths: {**widths, **self.common, **tile},
+                    self.scale, layout.T, layout.row_blocks, segment_blocks, segments, parts, H, given, wanted, local,
+                ), lambda: {**widths, **self.common, **tile},
             )  # fmt: skip
             if local:
                 launch(

@@ -14,23 +14,23 @@ import triton.language as tl
 from hf_linear.kernels.layout import BLOCK, FIELDS, locate
 from hf_linear.kernels.scalar_decays import FROM_START, TO_END, WIDTH
 
-RUN_TIME = ("scale", "T", "row_blocks", "segment_blocks", "segments", "row_segments", "H", "given", "wanted")
+RUN_TIME = ("scale", "T", "row_blocks", "segment_blocks", "segments", "row_segments", "H", "given", "wanted", "local")
 
 
 @triton.jit(do_not_specialize=RUN_TIME)
 def states_kernel(
     k, v, states, initial, final, q, do, d_states, d_final, d_initial, decays, between, passed, table,
-    scale, T, row_blocks, segment_blocks, segments, row_segments, H, given, wanted,
+    scale, T, row_blocks, segment_blocks, segments, row_segments, H, given, wanted, local,
     K: tl.constexpr, KP: tl.constexpr, V: tl.constexpr, VP: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    LOCAL: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr,
+    PACKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program: a [BK, BV] tile of the state, a segment of a row's blocks in one direction, a head.
 
     states, d_states [blocks, H, KP, VP]: S that enters, dS of the state that leaves a block. initial, final, d_final and
     d_initial: of rows or documents, [documents, H, K, V] float32; bits of `given` and `wanted` say which there are, 1 for
     those of the walk forward, 2 for those of the walk back.
-    A row in several segments is walked twice: LOCAL leaves what each segment adds in `between` and how much of the state before
-    it passes through in `passed`; `scan_kernel` makes of them the state that enters each.
+    A row in several segments is walked twice: a `local` walk leaves what each segment adds in `between` and how much of the
+    state before it passes through in `passed`; `scan_kernel` makes of them the state that enters each.
     traffic: k, v once a tile of the other's channels; a state a block and tile.
     """
     directed, h = tl.program_id(1), tl.program_id(2)
@@ -57,9 +57,7 @@ def states_kernel(
     at_start, at_end = from_block == 0, from_block + steps == row_blocks
     begins, ends = tl.where(back == 0, at_start, at_end), tl.where(back == 0, at_end, at_start)
     at_segment = (directed * H + h).to(tl.int64) * (K * V)
-    s = tl.zeros((BK, BV), tl.float32)
-    if not LOCAL:
-        s = tl.load(between + at_segment + of_user, in_user & (row_segments > 1), 0.0)
+    s = tl.load(between + at_segment + of_user, in_user & (local == 0) & (row_segments > 1), 0.0)
     if not PACKED:
         if begins:
             s = tl.load(before + (row * H + h).to(tl.int64) * (K * V) + of_user, in_user & has_before, 0.0)
@@ -77,7 +75,7 @@ def states_kernel(
             if (place & (1 + back)) != 0:
                 s = tl.load(before + at_document + of_user, in_user & has_before, 0.0)
                 passed_ = 0.0
-        if not LOCAL:
+        if local == 0:
             to = to_states + (block * H + h).to(tl.int64) * (KP * VP) + c[:, None] * VP + v_[None, :]
             tl.store(to, s.to(dtype))
         edge, whole = next_edge, next_whole
@@ -93,12 +91,11 @@ def states_kernel(
         s = tl.dot(a_t, b_.to(dtype), s * whole, input_precision=PRECISION)
         passed_ *= whole
         if PACKED:
-            if not LOCAL:
-                if ((place & (2 - back)) != 0) & has_after:
-                    tl.store(after + at_document + of_user, s, in_user)
+            if ((place & (2 - back)) != 0) & has_after & (local == 0):
+                tl.store(after + at_document + of_user, s, in_user)
         block += ahead
 
-    if LOCAL:
+    if local != 0:
         tl.store(between + at_segment + of_user, s, in_user)
         tl.store(passed + directed * H + h, passed_)
     elif not PACKED:
