@@ -1,0 +1,110 @@
+"""The long convolution of rows that one program holds, T <= 8192: forward, and all gradients.
+
+    p = pre u    c = h * p + skip p    y = post c          * causal, by spectra (`fourier`): C = H P
+    g = post dy    dp = h ~ g + skip g + dstate            ~ correlation: conj(H) G
+    du = pre dp    dpre = u dp    dpost = dy c    dh = sum over rows of p ~ g    dskip = sum of p g
+
+Grid: (D, parts of the batch). A program transforms its filter once and goes through the rows of its part; the gradient of the
+filter stays a spectrum until it has seen them all, so there are no atomics.
+float32: filter, skip, state and all arithmetic; the operands of products as `fourier` says.
+Traffic: every input once and every output once, the filter once a part.
+Oracle: `hf_linear.ops.reference.long_conv`.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from hf_linear.kernels.fourier import matrix, real_signal, real_spectrum, times
+
+
+@triton.jit
+def load(x, at, inside, GIVEN: tl.constexpr):
+    """Numbers of a tensor, as float32; 1 of a gate that is not there."""
+    return tl.load(x + at, inside, 0.0).to(tl.float32) if GIVEN else 1.0
+
+
+@triton.jit
+def store(x, at, value, inside):
+    tl.store(x + at, value.to(x.dtype.element_ty), inside)
+
+
+@triton.jit
+def tokens(T, ALIGNED: tl.constexpr):
+    """T, and that 16 divides it where it does: rows then begin where wide loads may."""
+    return T // 16 * 16 if ALIGNED else T
+
+
+@triton.jit(do_not_specialize=["T", "L", "B", "D", "part_rows"])
+def convolve_rows_kernel(
+    u, pre, post, h, skip, y, state, outer, inner, T, L, B, D, part_rows,
+    A: tl.constexpr, W: tl.constexpr, PRE: tl.constexpr, POST: tl.constexpr, SKIP: tl.constexpr,
+    ALIGNED: tl.constexpr, HALF: tl.constexpr,
+):  # fmt: skip
+    """u, pre, post, y [B, D, T], h [D, L], skip [D], state [B, D, T]; outer, inner: M of size A and F of size W, A W >= T."""
+    d = tl.program_id(0).to(tl.int64)
+    first = tl.program_id(1) * part_rows
+    T = tokens(T, ALIGNED)
+    n = tl.arange(0, A)[:, None] * W + tl.arange(0, W)[None, :]
+    inside = n < T
+    mr, mi = matrix(outer, A)
+    fr, fi = matrix(inner, W)
+    hr, hi = real_spectrum(tl.load(h + d * L + n, inside, 0.0), mr, mi, fr, fi, HALF)
+    weight = tl.load(skip + d) if SKIP else 0.0
+    for b in range(first, tl.minimum(first + part_rows, B)):
+        at = (b * D + d) * T + n
+        p = load(u, at, inside, True) * load(pre, at, inside, PRE)
+        store(state, at, p, inside)
+        re, im = real_spectrum(p, mr, mi, fr, fi, HALF)
+        re, im = times(re, im, hr, hi)
+        c = real_signal(re, im, mr, mi, fr, fi, HALF) * (1.0 / (A * W)) + weight * p
+        store(y, at, c * load(post, at, inside, POST), inside)
+
+
+@triton.jit(do_not_specialize=["T", "L", "B", "D", "part_rows"])
+def differentiate_rows_kernel(
+    dy, dstate, u, pre, post, h, skip, du, dpre, dpost, dh, dskip, outer, inner, T, L, B, D, part_rows,
+    A: tl.constexpr, W: tl.constexpr, PRE: tl.constexpr, POST: tl.constexpr, SKIP: tl.constexpr, STATE: tl.constexpr,
+    ALIGNED: tl.constexpr, HALF: tl.constexpr,
+):  # fmt: skip
+    """As above; dh [parts, D, L] and dskip [parts, D] are sums over the rows of a part."""
+    d = tl.program_id(0).to(tl.int64)
+    part = tl.program_id(1)
+    first = part * part_rows
+    T = tokens(T, ALIGNED)
+    n = tl.arange(0, A)[:, None] * W + tl.arange(0, W)[None, :]
+    inside = n < T
+    mr, mi = matrix(outer, A)
+    fr, fi = matrix(inner, W)
+    hr, hi = real_spectrum(tl.load(h + d * L + n, inside, 0.0), mr, mi, fr, fi, HALF)
+    weight = tl.load(skip + d) if SKIP else 0.0
+    dhr, dhi = tl.zeros((A, W), tl.float32), tl.zeros((A, W), tl.float32)
+    weight_gradient = 0.0
+    scale: tl.constexpr = 1.0 / (A * W)
+    for b in range(first, tl.minimum(first + part_rows, B)):
+        at = (b * D + d) * T + n
+        p = load(u, at, inside, True) * load(pre, at, inside, PRE)
+        g = load(dy, at, inside, True) * load(post, at, inside, POST)
+        if SKIP:
+            weight_gradient += tl.sum(tl.sum(p * g, 1), 0)
+        pr, pi = real_spectrum(p, mr, mi, fr, fi, HALF)
+        if POST:
+            re, im = times(pr, pi, hr, hi)
+            c = real_signal(re, im, mr, mi, fr, fi, HALF) * scale + weight * p
+            store(dpost, at, c * load(dy, at, inside, True), inside)
+        gr, gi = real_spectrum(g, mr, mi, fr, fi, HALF)
+        re, im = times(gr, gi, pr, -pi)
+        dhr += re
+        dhi += im
+        re, im = times(gr, gi, hr, -hi)
+        dp = real_signal(re, im, mr, mi, fr, fi, HALF) * scale + weight * g
+        if STATE:
+            dp += load(dstate, at, inside, True)
+        store(du, at, dp * load(pre, at, inside, PRE), inside)
+        if PRE:
+            store(dpre, at, dp * load(u, at, inside, True), inside)
+    at = (part * D + d) * L + n
+    store(dh, at, real_signal(dhr, dhi, mr, mi, fr, fi, HALF) * scale, inside)
+    if SKIP:
+        tl.store(dskip + part * D + d, weight_gradient)
