@@ -51,8 +51,8 @@ def rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def assert_accurate(inputs, d_outputs) -> None:
-    """float32: a few times its rounding, as three tf32 products for one allow. Else 1e-3, which is twice what products of float16
-    cost; what is returned in bfloat16 1.5 times the error of rounding it."""
+    """float32: a few times its rounding, as three tf32 products for one allow. Else 1e-3, which is twice what products of
+    float16 cost; what is returned in bfloat16 1.5 times the error of rounding it."""
     dtype = inputs["u"].dtype
     exact = run(inputs, d_outputs, "chunked", torch.float64)
     for name, x in run(inputs, d_outputs, "triton").items():
@@ -106,7 +106,7 @@ def test_a_filter_longer_than_the_sequence(N1, columns):
 
 @pytest.mark.parametrize("N1", [1, 3])
 def test_any_scale(N1, columns):
-    """float16 products see neither the size of the inputs nor that of the filter; nothing but zeros is no number to divide by."""
+    """float16 products do not see the size of the inputs nor the filter's; a row of zeros has no size to divide by."""
     if N1 > 1:
         columns(N1)
     inputs, d_outputs = make_inputs(2, 2, 200 * N1, dtype=torch.bfloat16)
@@ -234,7 +234,10 @@ def test_plans():
         ({"pre_gate": torch.zeros(1, 2, 6, dtype=torch.float64)}, r"got torch.float64: .*chunked"),
         ({"initial_state": torch.zeros(1, 2, 3)}, r"initial_state must be None, got 3 tokens: .*chunked"),
         ({"cu_seqlens": torch.tensor([0, 2, 6])}, r"cu_seqlens must be None, got 3 boundaries: .*chunked"),
-        ({"u": torch.zeros(1, 2, 2**18 + 1), "h": torch.zeros(2, 2**18 + 1)}, r"T must be at most 262144 .*got 262145: .*chunked"),
+        (
+            {"u": torch.zeros(1, 2, 2**18 + 1), "h": torch.zeros(2, 2**18 + 1)},
+            r"T must be at most 262144 .*got 262145: .*chunked",
+        ),
     ],
     ids=["float64", "gate in float64", "history", "documents", "too long"],
 )
