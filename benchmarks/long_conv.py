@@ -66,7 +66,7 @@ class Case:
         return lambda: torch.autograd.grad(call(), self.learned, self.dy)
 
     def floor(self, copy: float, gradients: bool) -> float:
-        """Milliseconds to read every input once and write y, and, for the gradients, to read all again and dy, and write five."""
+        """Milliseconds to read every input once and write y; for the gradients, to read all again and dy, and write five."""
         B, D, T = self.shape
         size = 8 * B * D * T + 4 * D * T
         if gradients:

@@ -21,11 +21,12 @@ from hf_linear.kernels.long_conv_columns import (
     convolve_middle_kernel,
     differentiate_middle_kernel,
     filter_gradient_kernel,
+    filter_gradient_middle_kernel,
     gradients_kernel,
     outputs_kernel,
     spread_kernel,
 )
-from hf_linear.kernels.long_conv_rows import convolve_rows_kernel, differentiate_rows_kernel
+from hf_linear.kernels.long_conv_rows import convolve_rows_kernel, differentiate_rows_kernel, filter_gradient_rows_kernel
 
 # A W tokens in a tile [A, W], by `num_warps` warps. Above 64 rows of A every four warps take their own in wgmma.
 TILES = {256: (16, 16, 4), 1024: (64, 16, 4), 2048: (64, 32, 4), 4096: (128, 32, 8), 8192: (128, 64, 8)}
@@ -180,24 +181,29 @@ class Convolution:
         dh, dskip = differentiate(dy, dstate, du, dpre, dpost)
         return du, dh, dskip, dpre, dpost
 
-    def new_filter_gradient(self, *parts: int) -> Tensor:
+    def new_filter_gradient(self) -> Tensor:
         """What lies behind the sequence has none."""
-        new = self.h.new_empty if self.h.shape[1] == self.T else self.h.new_zeros
-        return new(*parts, *self.h.shape)
+        return (self.h.new_empty if self.h.shape[1] == self.T else self.h.new_zeros)(self.h.shape)
 
     def differentiate_rows(
         self, dy: Tensor, dstate: Tensor | None, du: Tensor, dpre: Tensor | None, dpost: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         parts, rows = self.parts(self.B)
-        dh, dskip = self.new_filter_gradient(parts), None if self.skip is None else self.skip.new_empty(parts, self.D)
+        dh, dskip = self.new_filter_gradient(), None if self.skip is None else self.skip.new_empty(parts, self.D)
+        zh = self.h.new_empty(parts, self.D, 2, self.plan.N2)
         launch(
             differentiate_rows_kernel, (self.D, parts), (self.signature, dstate is None),
             (
-                dy, dstate, self.u, self.pre, self.post, self.h, self.skip, du, dpre, dpost, dh, dskip, *self.matrices,
+                dy, dstate, self.u, self.pre, self.post, self.h, self.skip, du, dpre, dpost, zh, dskip, *self.matrices,
                 self.T, self.h.shape[1], self.B, self.D, rows,
             ), lambda: {**self.flags, "STATE": dstate is not None, **self.plan.row},
         )  # fmt: skip
-        return (dh[0] if parts == 1 else dh.sum(0)), (None if dskip is None else dskip.sum(0))
+        launch(
+            filter_gradient_rows_kernel, (self.D,), (self.half, self.plan.N2),
+            (zh, dh, *self.matrices, self.T, self.h.shape[1], self.D, parts),
+            lambda: {"HALF": self.half, **self.plan.row},
+        )  # fmt: skip
+        return dh, None if dskip is None else dskip.sum(0)
 
     def differentiate_columns(
         self, dy: Tensor, dstate: Tensor | None, du: Tensor, dpre: Tensor | None, dpost: Tensor | None
@@ -214,6 +220,10 @@ class Convolution:
                 differentiate_middle_kernel, (self.plan.N1, C), self.signature,
                 (zp, zg, zh, *self.matrices, self.plan.N1, C, self.B),
                 lambda: {"POST": self.flags["POST"], "HALF": self.half, **self.plan.row},
+            )  # fmt: skip
+            launch(
+                filter_gradient_middle_kernel, (self.plan.N1, C), (self.half, self.plan.N2),
+                (zh, *self.matrices, self.plan.N1), lambda: {"HALF": self.half, **self.plan.row},
             )  # fmt: skip
             launch(
                 gradients_kernel, (self.tiles, self.B * C), (self.signature, dstate is None),

@@ -92,13 +92,13 @@ def convolve_middle_kernel(z, zh, outer, inner, N1, C, B, A: tl.constexpr, W: tl
 def differentiate_middle_kernel(
     zp, zg, zh, outer, inner, N1, C, B, A: tl.constexpr, W: tl.constexpr, POST: tl.constexpr, HALF: tl.constexpr
 ):
-    """As above. zp of p becomes that of h * p (POST alone needs it), zg of g that of h ~ g, zh that of sum p ~ g."""
+    """As above. zp of p becomes that of h * p (POST alone needs it), zg of g that of h ~ g, zh the spectrum of sum p ~ g."""
     k1, c = tl.program_id(0), tl.program_id(1).to(tl.int64)
     n = tl.arange(0, A)[:, None] * W + tl.arange(0, W)[None, :]
     mr, mi = matrix(outer, A)
     fr, fi = matrix(inner, W)
-    at_h = zh + (c * N1 + k1) * (2 * A * W) + n
-    hr, hi = spectrum(tl.load(at_h), tl.load(at_h + A * W), mr, mi, fr, fi, HALF)
+    at_h = (c * N1 + k1) * (2 * A * W) + n
+    hr, hi = spectrum(tl.load(zh + at_h), tl.load(zh + at_h + A * W), mr, mi, fr, fi, HALF)
     dhr, dhi = tl.zeros((A, W), tl.float32), tl.zeros((A, W), tl.float32)
     for b in range(B):
         at = ((b * C + c) * N1 + k1) * (2 * A * W) + n
@@ -116,9 +116,21 @@ def differentiate_middle_kernel(
         re, im = signal(re, im, mr, mi, fr, fi, HALF)
         tl.store(zg + at, re)
         tl.store(zg + at + A * W, im)
-    re, im = signal(dhr, dhi, mr, mi, fr, fi, HALF)
-    tl.store(at_h, re)
-    tl.store(at_h + A * W, im)
+    tl.store(zh + at_h, dhr)
+    tl.store(zh + at_h + A * W, dhi)
+
+
+@triton.jit(do_not_specialize=["N1"])
+def filter_gradient_middle_kernel(zh, outer, inner, N1, A: tl.constexpr, W: tl.constexpr, HALF: tl.constexpr):
+    """Row k1 of a channel's spectrum in zh [C, N1, 2, A W] transformed back, in place."""
+    k1, c = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    n = tl.arange(0, A)[:, None] * W + tl.arange(0, W)[None, :]
+    mr, mi = matrix(outer, A)
+    fr, fi = matrix(inner, W)
+    at = zh + (c * N1 + k1) * (2 * A * W) + n
+    re, im = signal(tl.load(at), tl.load(at + A * W), mr, mi, fr, fi, HALF)
+    tl.store(at, re)
+    tl.store(at + A * W, im)
 
 
 @triton.jit(do_not_specialize=["T", "D", "c0", "C", "N1"])

@@ -4,8 +4,8 @@
     g = post dy    dp = h ~ g + skip g + dstate            ~ correlation: conj(H) G
     du = pre dp    dpre = u dp    dpost = dy c    dh = sum over rows of p ~ g    dskip = sum of p g
 
-Grid: (D, parts of the batch). A program transforms its filter once and goes through the rows of its part; the gradient of the
-filter stays a spectrum until it has seen them all, so there are no atomics.
+Grid: (D, parts of the batch). A program transforms its filter once, goes through the rows of its part, and leaves the spectrum
+of its filter's gradient; a program a channel adds the parts up and transforms them back, so there are no atomics.
 float32: filter, skip, state and all arithmetic; the operands of products as `fourier` says.
 Traffic: every input once and every output once, the filter once a part.
 Oracle: `hf_linear.ops.reference.long_conv`.
@@ -64,11 +64,11 @@ def convolve_rows_kernel(
 
 @triton.jit(do_not_specialize=["T", "L", "B", "D", "part_rows"])
 def differentiate_rows_kernel(
-    dy, dstate, u, pre, post, h, skip, du, dpre, dpost, dh, dskip, outer, inner, T, L, B, D, part_rows,
+    dy, dstate, u, pre, post, h, skip, du, dpre, dpost, zh, dskip, outer, inner, T, L, B, D, part_rows,
     A: tl.constexpr, W: tl.constexpr, PRE: tl.constexpr, POST: tl.constexpr, SKIP: tl.constexpr, STATE: tl.constexpr,
     ALIGNED: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
-    """As above; dh [parts, D, L] and dskip [parts, D] are sums over the rows of a part."""
+    """As above; zh [parts, D, 2, A W], the spectrum of dh, and dskip [parts, D] are sums over the rows of a part."""
     d = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
     first = part * part_rows
@@ -104,7 +104,23 @@ def differentiate_rows_kernel(
         store(du, at, dp * load(pre, at, inside, PRE), inside)
         if PRE:
             store(dpre, at, dp * load(u, at, inside, True), inside)
-    at = (part * D + d) * L + n
-    store(dh, at, real_signal(dhr, dhi, mr, mi, fr, fi, HALF) * scale, inside)
+    to = zh + (part * D + d) * (2 * A * W) + n
+    tl.store(to, dhr)
+    tl.store(to + A * W, dhi)
     if SKIP:
         tl.store(dskip + part * D + d, weight_gradient)
+
+
+@triton.jit(do_not_specialize=["T", "L", "D", "parts"])
+def filter_gradient_rows_kernel(zh, dh, outer, inner, T, L, D, parts, A: tl.constexpr, W: tl.constexpr, HALF: tl.constexpr):
+    """dh [D, L] of a channel from the spectra [parts, D, 2, A W]; what lies behind T is not touched."""
+    d = tl.program_id(0).to(tl.int64)
+    n = tl.arange(0, A)[:, None] * W + tl.arange(0, W)[None, :]
+    re, im = tl.zeros((A, W), tl.float32), tl.zeros((A, W), tl.float32)
+    for part in range(parts):
+        at = zh + (part * D + d) * (2 * A * W) + n
+        re += tl.load(at)
+        im += tl.load(at + A * W)
+    mr, mi = matrix(outer, A)
+    fr, fi = matrix(inner, W)
+    tl.store(dh + d * L + n, real_signal(re, im, mr, mi, fr, fi, HALF) * (1.0 / (A * W)), n < T)
