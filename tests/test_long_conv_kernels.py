@@ -251,7 +251,17 @@ def test_the_named_backend_serves_or_says_why_not(change, message):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     "shape",
-    [(3, 5, 777), (3, 5, 2048), (3, 5, 4001), (2, 5, 8192), (2, 5, 10007), (2, 3, 32768), (1, 3, 160002), (1, 2, 262144)],
+    [
+        (3, 5, 777),
+        (3, 5, 2048),
+        (3, 5, 4001),
+        (2, 5, 8192),
+        (2, 5, 10007),
+        (2, 3, 32768),
+        (1, 2, 131072),
+        (1, 3, 160002),
+        (1, 2, 262144),
+    ],
     ids=str,
 )
 def test_gpu_accuracy(shape, dtype):

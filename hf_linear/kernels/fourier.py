@@ -44,7 +44,7 @@ def root(turns, step):
 def rotation(A: tl.constexpr, B: tl.constexpr, SHIFT: tl.constexpr, zero):
     """R [A, B]. `zero` depends on the row that is transformed: else the compiler keeps R in registers from row to row."""
     j, b = tl.arange(0, A).to(tl.float32)[:, None], tl.arange(0, B).to(tl.float32)[None, :]
-    return root(b * (4 * j - SHIFT) + zero, 1.5707963267948966 / (A * B))
+    return root((b + zero) * (4 * j - SHIFT), 1.5707963267948966 / (A * B))
 
 
 @triton.jit
@@ -52,6 +52,18 @@ def matrix(table, SIZE: tl.constexpr):
     """The real and the imaginary part of a matrix of `long_conv.transform_matrix`."""
     at = tl.arange(0, SIZE)[:, None] * SIZE + tl.arange(0, SIZE)[None, :]
     return tl.load(table + at), tl.load(table + SIZE * SIZE + at)
+
+
+@triton.jit
+def load_complex(x, n, inside, SIZE: tl.constexpr):
+    """Real and imaginary part of a spectrum that lies [2, SIZE] in memory; 0 where it is not read."""
+    return tl.load(x + n, inside, 0.0), tl.load(x + SIZE + n, inside, 0.0)
+
+
+@triton.jit
+def store_complex(x, n, re, im, SIZE: tl.constexpr):
+    tl.store(x + n, re)
+    tl.store(x + SIZE + n, im)
 
 
 @triton.jit

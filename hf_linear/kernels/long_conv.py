@@ -34,7 +34,7 @@ TILES = {256: (16, 16, 4), 1024: (64, 16, 4), 2048: (64, 32, 4), 4096: (128, 32,
 LONGEST_ROW = {True: 8192, False: 2048}  # by whether the factors are float16
 MAX_COLUMN = 128
 COLUMN_TILE = 8192  # numbers in a tile of the passes over columns
-SCRATCH = 2**25  # bytes, if a channel takes no more: what fits in the L2 cache
+SCRATCH = 2**28  # bytes, if a channel takes no more: enough for few and large launches
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Plan:
 
     @property
     def P1(self) -> int:
-        return max(16, 1 << (self.N1 - 1).bit_length())
+        return 16 if self.N1 <= 16 else MAX_COLUMN  # not every size that would do: fewer kernels to compile and to trust
 
     @property
     def row(self) -> dict[str, int]:
@@ -190,17 +190,17 @@ class Convolution:
     ) -> tuple[Tensor, Tensor | None]:
         parts, rows = self.parts(self.B)
         dh, dskip = self.new_filter_gradient(), None if self.skip is None else self.skip.new_empty(parts, self.D)
-        zh = self.h.new_empty(parts, self.D, 2, self.plan.N2)
+        zh, zdh = (self.h.new_empty(parts, self.D, 2, self.plan.N2) for _ in range(2))
         launch(
             differentiate_rows_kernel, (self.D, parts), (self.signature, dstate is None),
             (
-                dy, dstate, self.u, self.pre, self.post, self.h, self.skip, du, dpre, dpost, zh, dskip, *self.matrices,
+                dy, dstate, self.u, self.pre, self.post, self.h, self.skip, du, dpre, dpost, zh, zdh, dskip, *self.matrices,
                 self.T, self.h.shape[1], self.B, self.D, rows,
             ), lambda: {**self.flags, "STATE": dstate is not None, **self.plan.row},
         )  # fmt: skip
         launch(
             filter_gradient_rows_kernel, (self.D,), (self.half, self.plan.N2),
-            (zh, dh, *self.matrices, self.T, self.h.shape[1], self.D, parts),
+            (zdh, dh, *self.matrices, self.T, self.h.shape[1], self.D, parts),
             lambda: {"HALF": self.half, **self.plan.row},
         )  # fmt: skip
         return dh, None if dskip is None else dskip.sum(0)
@@ -210,20 +210,20 @@ class Convolution:
     ) -> tuple[Tensor, Tensor | None]:
         dh = self.new_filter_gradient()
         dskip = None if self.skip is None else self.skip.new_empty(self.tiles, self.B, self.D)
-        size, groups = self.groups(2 * self.B + 1)
-        zp, zg, zh = (self.u.new_empty(rows * groups[0][1] * size, dtype=torch.float32) for rows in (self.B, self.B, 1))
+        size, groups = self.groups(2 * self.B + 2)
+        zp, zg, zh, zdh = (self.u.new_empty(rows * groups[0][1] * size, dtype=torch.float32) for rows in (self.B, self.B, 1, 1))
         for c0, C in groups:
             self.spread(self.u, self.pre, None, zp, c0, C)
             self.spread(dy, self.post, None, zg, c0, C)
             self.spread_filter(zh, c0, C)
             launch(
                 differentiate_middle_kernel, (self.plan.N1, C), self.signature,
-                (zp, zg, zh, *self.matrices, self.plan.N1, C, self.B),
+                (zp, zg, zh, zdh, *self.matrices, self.plan.N1, C, self.B),
                 lambda: {"POST": self.flags["POST"], "HALF": self.half, **self.plan.row},
             )  # fmt: skip
             launch(
                 filter_gradient_middle_kernel, (self.plan.N1, C), (self.half, self.plan.N2),
-                (zh, *self.matrices, self.plan.N1), lambda: {"HALF": self.half, **self.plan.row},
+                (zdh, *self.matrices, self.plan.N1), lambda: {"HALF": self.half, **self.plan.row},
             )  # fmt: skip
             launch(
                 gradients_kernel, (self.tiles, self.B * C), (self.signature, dstate is None),
@@ -234,7 +234,7 @@ class Convolution:
             )  # fmt: skip
             launch(
                 filter_gradient_kernel, (self.tiles, C), (self.half, self.plan.N2, self.plan.P1),
-                (zh, dh, self.columns, self.T, self.h.shape[1], c0, self.plan.N1),
+                (zdh, dh, self.columns, self.T, self.h.shape[1], c0, self.plan.N1),
                 lambda: {"HALF": self.half, **self.plan.column},
             )  # fmt: skip
         return dh, None if dskip is None else dskip.sum((0, 1))

@@ -8,7 +8,7 @@ N = N1 N2 >= T, t = n1 N2 + n2, k = k1 + N1 k2:    X = (R * (M x)) F with M of s
 
 N1 <= 128 is any integer, padded with zeros to P1, a power of two, in the products. Scratch [rows, N1, 2, N2] float32, real and
 imaginary parts apart, holds the batch of some channels, row b C + c: every pass serves `C` channels from `c0` on.
-Traffic of one transform: scratch four times, 32 bytes a token, from the L2 cache where it fits.
+Traffic of one transform: scratch four times, 32 bytes a token, most of it.
 float32: filter, skip, state, scratch and all arithmetic; the operands of products as `fourier` says.
 Oracle: `hf_linear.ops.reference.long_conv`; equations of the gradients: `long_conv_rows`.
 """
@@ -18,7 +18,18 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from hf_linear.kernels.fourier import factor, largest, matrix, product, root, signal, spectrum, times
+from hf_linear.kernels.fourier import (
+    factor,
+    largest,
+    load_complex,
+    matrix,
+    product,
+    root,
+    signal,
+    spectrum,
+    store_complex,
+    times,
+)
 from hf_linear.kernels.long_conv_rows import load, store, tokens
 
 
@@ -74,63 +85,73 @@ def collect(z, row, n1, n2, table, N1, N2: tl.constexpr, P1: tl.constexpr, TILE:
 def convolve_middle_kernel(z, zh, outer, inner, N1, C, B, A: tl.constexpr, W: tl.constexpr, HALF: tl.constexpr):
     """Program: row k1 of a channel, all of the batch. z [B C, N1, 2, A W] of p becomes that of h * p; zh [C, ...] is h's."""
     k1, c = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    size: tl.constexpr = A * W
     n = tl.arange(0, A)[:, None] * W + tl.arange(0, W)[None, :]
+    every = n >= 0
     mr, mi = matrix(outer, A)
     fr, fi = matrix(inner, W)
-    at = zh + (c * N1 + k1) * (2 * A * W) + n
-    hr, hi = spectrum(tl.load(at), tl.load(at + A * W), mr, mi, fr, fi, HALF)
+    re, im = load_complex(zh + (c * N1 + k1) * (2 * size), n, every, size)
+    hr, hi = spectrum(re, im, mr, mi, fr, fi, HALF)
     for b in range(B):
-        at = z + ((b * C + c) * N1 + k1) * (2 * A * W) + n
-        re, im = spectrum(tl.load(at), tl.load(at + A * W), mr, mi, fr, fi, HALF)
+        row = z + ((b * C + c) * N1 + k1) * (2 * size)
+        re, im = load_complex(row, n, every, size)
+        re, im = spectrum(re, im, mr, mi, fr, fi, HALF)
         re, im = times(re, im, hr, hi)
         re, im = signal(re, im, mr, mi, fr, fi, HALF)
-        tl.store(at, re)
-        tl.store(at + A * W, im)
+        store_complex(row, n, re, im, size)
 
 
 @triton.jit(do_not_specialize=["N1", "C", "B"])
 def differentiate_middle_kernel(
-    zp, zg, zh, outer, inner, N1, C, B, A: tl.constexpr, W: tl.constexpr, POST: tl.constexpr, HALF: tl.constexpr
+    zp, zg, zh, zdh, outer, inner, N1, C, B, A: tl.constexpr, W: tl.constexpr, POST: tl.constexpr, HALF: tl.constexpr
 ):
-    """As above. zp of p becomes that of h * p (POST alone needs it), zg of g that of h ~ g, zh the spectrum of sum p ~ g."""
+    """As above. zp of p becomes that of h * p (POST alone needs it), zg of g that of h ~ g. zh of h becomes its spectrum, read
+    again for every row, for registers do not hold it; zdh the spectrum of sum p ~ g."""
     k1, c = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    size: tl.constexpr = A * W
     n = tl.arange(0, A)[:, None] * W + tl.arange(0, W)[None, :]
+    every = n >= 0
     mr, mi = matrix(outer, A)
     fr, fi = matrix(inner, W)
-    at_h = (c * N1 + k1) * (2 * A * W) + n
-    hr, hi = spectrum(tl.load(zh + at_h), tl.load(zh + at_h + A * W), mr, mi, fr, fi, HALF)
-    dhr, dhi = tl.zeros((A, W), tl.float32), tl.zeros((A, W), tl.float32)
+    zh += (c * N1 + k1) * (2 * size)
+    zdh += (c * N1 + k1) * (2 * size)
+    re, im = load_complex(zh, n, every, size)
+    re, im = spectrum(re, im, mr, mi, fr, fi, HALF)
+    tl.debug_barrier()  # all threads have read what the next line overwrites
+    store_complex(zh, n, re, im, size)
     for b in range(B):
-        at = ((b * C + c) * N1 + k1) * (2 * A * W) + n
-        pr, pi = spectrum(tl.load(zp + at), tl.load(zp + at + A * W), mr, mi, fr, fi, HALF)
+        tl.debug_barrier()  # what other threads wrote to the spectra is there
+        row = ((b * C + c) * N1 + k1) * (2 * size)
+        re, im = load_complex(zp + row, n, every, size)
+        pr, pi = spectrum(re, im, mr, mi, fr, fi, HALF)
         if POST:
+            hr, hi = load_complex(zh, n, every, size)
             re, im = times(pr, pi, hr, hi)
             re, im = signal(re, im, mr, mi, fr, fi, HALF)
-            tl.store(zp + at, re)
-            tl.store(zp + at + A * W, im)
-        gr, gi = spectrum(tl.load(zg + at), tl.load(zg + at + A * W), mr, mi, fr, fi, HALF)
+            store_complex(zp + row, n, re, im, size)
+        re, im = load_complex(zg + row, n, every, size)
+        gr, gi = spectrum(re, im, mr, mi, fr, fi, HALF)
         re, im = times(gr, gi, pr, -pi)
-        dhr += re
-        dhi += im
+        before_r, before_i = load_complex(zdh, n, b > 0, size)
+        store_complex(zdh, n, before_r + re, before_i + im, size)
+        hr, hi = load_complex(zh, n, every, size)
         re, im = times(gr, gi, hr, -hi)
         re, im = signal(re, im, mr, mi, fr, fi, HALF)
-        tl.store(zg + at, re)
-        tl.store(zg + at + A * W, im)
-    tl.store(zh + at_h, dhr)
-    tl.store(zh + at_h + A * W, dhi)
+        store_complex(zg + row, n, re, im, size)
 
 
 @triton.jit(do_not_specialize=["N1"])
-def filter_gradient_middle_kernel(zh, outer, inner, N1, A: tl.constexpr, W: tl.constexpr, HALF: tl.constexpr):
-    """Row k1 of a channel's spectrum in zh [C, N1, 2, A W] transformed back, in place."""
+def filter_gradient_middle_kernel(zdh, outer, inner, N1, A: tl.constexpr, W: tl.constexpr, HALF: tl.constexpr):
+    """Row k1 of a channel's spectrum in zdh [C, N1, 2, A W] transformed back, in place."""
     k1, c = tl.program_id(0), tl.program_id(1).to(tl.int64)
     n = tl.arange(0, A)[:, None] * W + tl.arange(0, W)[None, :]
     mr, mi = matrix(outer, A)
     fr, fi = matrix(inner, W)
-    at = zh + (c * N1 + k1) * (2 * A * W) + n
-    re, im = signal(tl.load(at), tl.load(at + A * W), mr, mi, fr, fi, HALF)
-    tl.store(at, re)
-    tl.store(at + A * W, im)
+    row = zdh + (c * N1 + k1) * (2 * A * W)
+    re, im = load_complex(row, n, n >= 0, A * W)
+    re, im = signal(re, im, mr, mi, fr, fi, HALF)
+    tl.debug_barrier()  # all threads have read what the next line overwrites
+    store_complex(row, n, re, im, A * W)
 
 
 @triton.jit(do_not_specialize=["T", "D", "c0", "C", "N1"])

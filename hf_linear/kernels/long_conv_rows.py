@@ -16,7 +16,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from hf_linear.kernels.fourier import matrix, real_signal, real_spectrum, times
+from hf_linear.kernels.fourier import load_complex, matrix, real_signal, real_spectrum, store_complex, times
 
 
 @triton.jit
@@ -58,31 +58,37 @@ def convolve_rows_kernel(
         store(state, at, p, inside)
         re, im = real_spectrum(p, mr, mi, fr, fi, HALF)
         re, im = times(re, im, hr, hi)
-        c = real_signal(re, im, mr, mi, fr, fi, HALF) * (1.0 / (A * W)) + weight * p
+        c = real_signal(re, im, mr, mi, fr, fi, HALF) * (1.0 / (A * W))
+        if SKIP:  # the inputs are read again, for registers do not hold them
+            c += weight * load(u, at, inside, True) * load(pre, at, inside, PRE)
         store(y, at, c * load(post, at, inside, POST), inside)
 
 
 @triton.jit(do_not_specialize=["T", "L", "B", "D", "part_rows"])
 def differentiate_rows_kernel(
-    dy, dstate, u, pre, post, h, skip, du, dpre, dpost, zh, dskip, outer, inner, T, L, B, D, part_rows,
+    dy, dstate, u, pre, post, h, skip, du, dpre, dpost, zh, zdh, dskip, outer, inner, T, L, B, D, part_rows,
     A: tl.constexpr, W: tl.constexpr, PRE: tl.constexpr, POST: tl.constexpr, SKIP: tl.constexpr, STATE: tl.constexpr,
     ALIGNED: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
-    """As above; zh [parts, D, 2, A W], the spectrum of dh, and dskip [parts, D] are sums over the rows of a part."""
+    """As above. Spectra [parts, D, 2, A W]: zh of h, read again for every row, for registers do not hold it; zdh of dh, summed
+    over the rows of a part, as dskip [parts, D] is."""
     d = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
     first = part * part_rows
     T = tokens(T, ALIGNED)
+    size: tl.constexpr = A * W
     n = tl.arange(0, A)[:, None] * W + tl.arange(0, W)[None, :]
     inside = n < T
     mr, mi = matrix(outer, A)
     fr, fi = matrix(inner, W)
-    hr, hi = real_spectrum(tl.load(h + d * L + n, inside, 0.0), mr, mi, fr, fi, HALF)
+    zh += (part * D + d) * (2 * size)
+    zdh += (part * D + d) * (2 * size)
+    re, im = real_spectrum(tl.load(h + d * L + n, inside, 0.0), mr, mi, fr, fi, HALF)
+    store_complex(zh, n, re, im, size)
     weight = tl.load(skip + d) if SKIP else 0.0
-    dhr, dhi = tl.zeros((A, W), tl.float32), tl.zeros((A, W), tl.float32)
     weight_gradient = 0.0
-    scale: tl.constexpr = 1.0 / (A * W)
     for b in range(first, tl.minimum(first + part_rows, B)):
+        tl.debug_barrier()  # what other threads wrote to the spectra is there
         at = (b * D + d) * T + n
         p = load(u, at, inside, True) * load(pre, at, inside, PRE)
         g = load(dy, at, inside, True) * load(post, at, inside, POST)
@@ -90,37 +96,38 @@ def differentiate_rows_kernel(
             weight_gradient += tl.sum(tl.sum(p * g, 1), 0)
         pr, pi = real_spectrum(p, mr, mi, fr, fi, HALF)
         if POST:
+            hr, hi = load_complex(zh, n, n >= 0, size)
             re, im = times(pr, pi, hr, hi)
-            c = real_signal(re, im, mr, mi, fr, fi, HALF) * scale + weight * p
+            c = real_signal(re, im, mr, mi, fr, fi, HALF) * (1.0 / size) + weight * p
             store(dpost, at, c * load(dy, at, inside, True), inside)
         gr, gi = real_spectrum(g, mr, mi, fr, fi, HALF)
         re, im = times(gr, gi, pr, -pi)
-        dhr += re
-        dhi += im
+        before_r, before_i = load_complex(zdh, n, b > first, size)
+        store_complex(zdh, n, before_r + re, before_i + im, size)
+        hr, hi = load_complex(zh, n, n >= 0, size)
         re, im = times(gr, gi, hr, -hi)
-        dp = real_signal(re, im, mr, mi, fr, fi, HALF) * scale + weight * g
+        dp = real_signal(re, im, mr, mi, fr, fi, HALF) * (1.0 / size) + weight * g
         if STATE:
             dp += load(dstate, at, inside, True)
         store(du, at, dp * load(pre, at, inside, PRE), inside)
         if PRE:
             store(dpre, at, dp * load(u, at, inside, True), inside)
-    to = zh + (part * D + d) * (2 * A * W) + n
-    tl.store(to, dhr)
-    tl.store(to + A * W, dhi)
     if SKIP:
         tl.store(dskip + part * D + d, weight_gradient)
 
 
 @triton.jit(do_not_specialize=["T", "L", "D", "parts"])
-def filter_gradient_rows_kernel(zh, dh, outer, inner, T, L, D, parts, A: tl.constexpr, W: tl.constexpr, HALF: tl.constexpr):
-    """dh [D, L] of a channel from the spectra [parts, D, 2, A W]; what lies behind T is not touched."""
+def filter_gradient_rows_kernel(zdh, dh, outer, inner, T, L, D, parts, A: tl.constexpr, W: tl.constexpr, HALF: tl.constexpr):
+    """dh [D, L] of a channel from the spectra zdh [parts, D, 2, A W]; what lies behind T is not touched.
+
+    Every part is transformed in the loop: behind it, triton 3.6 makes of the products of 64 rows wrong ones.
+    """
     d = tl.program_id(0).to(tl.int64)
     n = tl.arange(0, A)[:, None] * W + tl.arange(0, W)[None, :]
-    re, im = tl.zeros((A, W), tl.float32), tl.zeros((A, W), tl.float32)
-    for part in range(parts):
-        at = zh + (part * D + d) * (2 * A * W) + n
-        re += tl.load(at)
-        im += tl.load(at + A * W)
     mr, mi = matrix(outer, A)
     fr, fi = matrix(inner, W)
-    tl.store(dh + d * L + n, real_signal(re, im, mr, mi, fr, fi, HALF) * (1.0 / (A * W)), n < T)
+    total = tl.zeros((A, W), tl.float32)
+    for part in range(parts):
+        re, im = load_complex(zdh + (part * D + d) * (2 * A * W), n, n >= 0, A * W)
+        total += real_signal(re, im, mr, mi, fr, fi, HALF)
+    tl.store(dh + d * L + n, total * (1.0 / (A * W)), n < T)
