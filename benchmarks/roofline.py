@@ -110,6 +110,8 @@ def draw_long_conv(path: Path) -> None:
         B, _, T = map(int, row["shape"].split())
         for column, points in lines.items():
             points[T] = float(row[column]) * 2**17 / (B * T)
+    if not rows:
+        return
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     axes.plot(*zip(*sorted(lines["ours"].items()), strict=True), color="#4477aa", marker="o", label="Hyena's long convolution")

@@ -34,7 +34,7 @@ TILES = {256: (16, 16, 4), 1024: (64, 16, 4), 2048: (64, 32, 4), 4096: (128, 32,
 LONGEST_ROW = {True: 8192, False: 2048}  # by whether the factors are float16
 MAX_COLUMN = 128
 COLUMN_TILE = 8192  # numbers in a tile of the passes over columns
-SCRATCH = 2**28  # bytes, if a channel takes no more: enough for few and large launches
+SCRATCH = 2**29  # bytes, if a channel takes no more: enough for few and large launches
 
 
 @dataclasses.dataclass(frozen=True)

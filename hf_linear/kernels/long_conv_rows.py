@@ -120,7 +120,7 @@ def differentiate_rows_kernel(
 def filter_gradient_rows_kernel(zdh, dh, outer, inner, T, L, D, parts, A: tl.constexpr, W: tl.constexpr, HALF: tl.constexpr):
     """dh [D, L] of a channel from the spectra zdh [parts, D, 2, A W]; what lies behind T is not touched.
 
-    Every part is transformed in the loop: behind it, triton 3.6 makes of the products of 64 rows wrong ones.
+    Every part is transformed in the loop: outside of one, tiles of 64 rows come out wrong (triton 3.6; docs/kernels.md).
     """
     d = tl.program_id(0).to(tl.int64)
     n = tl.arange(0, A)[:, None] * W + tl.arange(0, W)[None, :]
