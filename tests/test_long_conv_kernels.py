@@ -14,8 +14,8 @@ from hf_linear.ops import gpu
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 INPUTS = ("u", "h", "skip", "pre_gate", "post_gate")
-# N1 columns of N2 = 256: T tokens in the last column or not, N1 no power of two, T odd, prime, and a multiple of 16
-PLANS = [(3, 701), (5, 1280), (7, 1601), (2, 512)]
+# N1 columns of N2 = 256: both paddings of N1, N1 no power of two, T odd, prime, and a multiple of 16
+PLANS = [(3, 701), (2, 512), (17, 4301)]
 on_gpu = pytest.mark.gpu
 
 
@@ -84,7 +84,7 @@ def test_rows(T, dtype):
 @pytest.mark.parametrize(("N1", "T"), PLANS)
 def test_columns(N1, T, dtype, columns):
     columns(N1)
-    assert_accurate(*make_inputs(2, 2, T, dtype=dtype))
+    assert_accurate(*make_inputs(2, 1, T, dtype=dtype))
 
 
 @pytest.mark.parametrize("absent", [("pre_gate",), ("post_gate",), ("skip",), ("pre_gate", "post_gate", "skip")], ids=str)
