@@ -1,4 +1,4 @@
-"""Draws results.csv: the kernels under the roof of the card, and beside flash SDPA by length.
+"""Draws results.csv: the kernels under the roof of the card, and beside flash SDPA by length; the long convolution too.
 
     python -m benchmarks.roofline
 
@@ -27,7 +27,7 @@ Row = dict[str, str]
 def last_rows(metric: str, kind: str) -> dict[tuple[str, str], Row]:
     """The last GPU row of every case and shape: beside SDPA for kind "sdpa", of the op alone or beside fla for kind "op"."""
     with PATH.open() as file:
-        rows = [row for row in csv.DictReader(file) if row["suite"] == "ops" and row["metric"] == metric]
+        rows = [row for row in csv.DictReader(file) if row["suite"] == "ops" and row["metric"] == metric and row["case"] in OPS]
     wanted = [row for row in rows if (row["peer"] == "sdpa") == (kind == "sdpa") and row["peer"] != "one document"]
     return {(row["case"], row["shape"]): row for row in wanted}
 
@@ -102,6 +102,30 @@ def draw_crossover(path: Path) -> None:
     save(figure, path)
 
 
+def draw_long_conv(path: Path) -> None:
+    with PATH.open() as file:
+        rows = [row for row in csv.DictReader(file) if (row["case"], row["peer"]) == ("long_conv", "sdpa")]
+    lines: dict[str, dict[int, float]] = {"ours": {}, "peer_value": {}}
+    for row in rows:
+        B, _, T = map(int, row["shape"].split())
+        for column, points in lines.items():
+            points[T] = float(row[column]) * 2**17 / (B * T)
+    if not rows:
+        return
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(*zip(*sorted(lines["ours"].items()), strict=True), color="#4477aa", marker="o", label="Hyena's long convolution")
+    axes.plot(*zip(*sorted(lines["peer_value"].items()), strict=True), color="black", marker="x", label="causal flash SDPA")
+    lengths = sorted(lines["ours"])
+    axes.set(xscale="log", yscale="log", xlabel="tokens of a sequence", ylabel="ms per 128K tokens, forward + backward")
+    axes.set_title("256 channels (2 heads of 128), bfloat16, one H100")
+    axes.set_xticks(lengths, [f"{T // 2**10}K" if T < 2**20 else f"{T // 2**20}M" for T in lengths])
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    save(figure, path)
+
+
 def save(figure: Figure, path: Path) -> None:
     for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
@@ -112,3 +136,4 @@ def save(figure: Figure, path: Path) -> None:
 if __name__ == "__main__":
     draw_roofline(PATH.with_name("roofline.png"))
     draw_crossover(PATH.with_name("crossover.png"))
+    draw_long_conv(PATH.with_name("long_conv.png"))

@@ -1,4 +1,4 @@
-"""The matrix-state recurrences on a GPU: what `hf_linear.kernels` takes, and when. Triton is imported on the first call."""
+"""Recurrences and long convolutions on a GPU: what `hf_linear.kernels` takes, and when. Triton is imported on first use."""
 
 from __future__ import annotations
 
@@ -14,11 +14,25 @@ CAPABILITY = (9, 0)  # nothing older has run them, and most have less shared mem
 HAS_TRITON = importlib.util.find_spec("triton") is not None  # without importing it
 
 
+MAX_CONV = {torch.bfloat16: 2**20, torch.float16: 2**20, torch.float32: 2**18}  # tokens of a row that a long convolution takes
+
+
 def chosen(backend: str, q: Tensor, v: Tensor) -> bool:
     """Whether the kernels run: where named, and by default on a GPU that has them."""
-    if backend == "triton" and (reason := refusal(q, v)):
+    return serves(backend, v, refusal(q, v))
+
+
+def long_conv_chosen(
+    backend: str, u: Tensor, gates: list[Tensor], initial_state: Tensor | None, cu_seqlens: Tensor | None
+) -> bool:
+    """As `chosen`, for `long_conv`."""
+    return serves(backend, u, long_conv_refusal(u, gates, initial_state, cu_seqlens))
+
+
+def serves(backend: str, x: Tensor, reason: str | None) -> bool:
+    if backend == "triton" and reason:
         raise ValueError(f'backend="triton": {reason}')
-    return backend == "triton" or (backend == "auto" and v.is_cuda and refusal(q, v) is None)
+    return backend == "triton" or (backend == "auto" and x.is_cuda and reason is None)
 
 
 def refusal(q: Tensor, v: Tensor) -> str | None:
@@ -27,13 +41,34 @@ def refusal(q: Tensor, v: Tensor) -> str | None:
         return f'v must be bfloat16, float16 or float32, got {v.dtype}: backend="chunked" takes it'
     if q.shape[-1] > MAX_K:
         return f'K must be at most {MAX_K}, got {q.shape[-1]}: use more heads, or backend="chunked"'
+    return no_kernels(v.device)
+
+
+def long_conv_refusal(u: Tensor, gates: list[Tensor], initial_state: Tensor | None, cu_seqlens: Tensor | None) -> str | None:
+    for x in (u, *gates):
+        if x.dtype not in DTYPES:
+            return f'u and the gates must be bfloat16, float16 or float32, got {x.dtype}: backend="chunked" takes it'
+    if initial_state is not None and initial_state.shape[-1] > 0:
+        return f'initial_state must be None, got {initial_state.shape[-1]} tokens: backend="chunked" continues a sequence'
+    if cu_seqlens is not None:
+        return f'cu_seqlens must be None, got {len(cu_seqlens)} boundaries: pad the documents to rows, or backend="chunked"'
+    if u.shape[-1] > MAX_CONV[u.dtype]:
+        return (
+            f"T must be at most {MAX_CONV[u.dtype]} in {u.dtype}, got {u.shape[-1]}: "
+            'take bfloat16 or float16 up to 1048576, or backend="chunked"'
+        )
+    return no_kernels(u.device)
+
+
+def no_kernels(device: torch.device) -> str | None:
+    """Why this machine or device runs no kernels."""
     if not HAS_TRITON:
         return 'triton must be installed, got none: pip install triton, or backend="chunked"'
     if os.environ.get("TRITON_INTERPRET") == "1":
         return None
-    if v.device.type != "cuda":
-        return f'tensors must be on a CUDA device, got {v.device}: move them, or backend="chunked"'
-    card = torch.cuda.get_device_properties(v.device)
+    if device.type != "cuda":
+        return f'tensors must be on a CUDA device, got {device}: move them, or backend="chunked"'
+    card = torch.cuda.get_device_properties(device)
     found = (card.major, card.minor)
     if found < CAPABILITY:
         return f'the GPU must have compute capability {CAPABILITY} or newer, got {found}: backend="chunked" runs on it'
@@ -54,3 +89,12 @@ def step(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, scale: float, state:
     from hf_linear.kernels.step import step
 
     return step(q, k, v, g, scale, state)
+
+
+def long_conv(
+    u: Tensor, h: Tensor, skip: Tensor | None, pre_gate: Tensor | None, post_gate: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """y in u's dtype, and all pre_gate * u in float32."""
+    from hf_linear.kernels.long_conv import long_conv
+
+    return long_conv(u, h.float(), None if skip is None else skip.float(), pre_gate, post_gate)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from hf_linear.ops import chunked, reference
+from hf_linear.ops import chunked, gpu, reference
 from hf_linear.ops.dispatch import (
     Backend,
     check_filter,
@@ -42,7 +42,9 @@ def long_conv(
         initial_state: [B, D, P] float32 (float64 for float64 inputs), the p of P earlier tokens; none when None.
         cu_seqlens: [N + 1] int32 or int64, the boundaries of N documents packed in one row (B = 1). The convolution restarts
             at each of them; `initial_state` must then be None.
-        backend: "reference" by direct sums, "chunked" by FFT, "auto" by T. A named backend is used or raises.
+        backend: "triton" (bfloat16, float16 or float32 on a GPU, no history, no documents; up to 1048576 tokens, 262144 in
+            float32), "chunked" by FFT, "reference" by direct sums; "auto" takes the first that serves. A named backend is
+            used or raises.
 
     Returns:
         y [B, D, T] in u's dtype, and the state [B, D, P + T]: every p so far (packed: the p of this row, as it is packed).
@@ -76,6 +78,9 @@ def long_conv(
     check_state("initial_state", initial_state, "[B, D, P]", (B, D, P), dtype)
     if cu_seqlens is None:
         check_filter(h, P + T)
+    gates = [gate for gate in (pre_gate, post_gate) if gate is not None]
+    if gpu.long_conv_chosen(backend, u, gates, initial_state, cu_seqlens):
+        return gpu.long_conv(u, h, skip, pre_gate, post_gate)
     p, h = u.to(dtype), h.to(dtype)
     if pre_gate is not None:
         p = p * pre_gate.to(dtype)
