@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import Cache, PreTrainedConfig
 
 from hf_linear.cache import HistoryLayer
@@ -127,6 +128,7 @@ class HyenaFilter(nn.Module):
 
     # The slowest and the fastest channel reach `TARGET` after 1.5 and 0.3 times the filter's length.
     TARGET, SLOW, FAST = 1e-2, 1.5, 0.3
+    NUMBERS = 1 << 24  # of the filter, evaluated at a time: enough to fill a GPU, 64 MB an activation
 
     def __init__(self, config: PreTrainedConfig):
         super().__init__()
@@ -161,7 +163,7 @@ class HyenaFilter(nn.Module):
             )
         if torch.compiler.is_compiling():
             h = self.evaluate(length)
-        elif torch.is_grad_enabled() or not self.is_plain():
+        elif torch.is_grad_enabled() or self.training or not self.is_plain():
             self.evaluated = None  # where weights learn, not every change of theirs shows: FSDP2 hides those of gathered ones
             h = self.evaluate(length)
         else:
@@ -183,28 +185,44 @@ class HyenaFilter(nn.Module):
         if self.evaluated is None or self.evaluated[0] != key or self.evaluated[2].shape[1] < length:
             longer = min(1 << (length - 1).bit_length(), self.length)  # tokens that follow find it long enough
             # Held weights keep their addresses: a new weight at a freed one would pass for the old.
-            self.evaluated = key, [weight.detach() for weight in weights], self.evaluate(longer).contiguous()
+            self.evaluated = key, [weight.detach() for weight in weights], self.evaluate(longer)
         return self.evaluated[2][:, :length]
 
     def evaluate(self, length: int) -> Tensor:
-        """The filters of all orders, [channels, length]."""
-        with full_precision(self.z):
-            x = self.z[:length]
+        """The filters of all orders, [channels, length].
+
+        Every position is a function of its own, so they are evaluated in blocks, and a gradient evaluates a block again: what
+        is kept is the filter, none of the MLP's activations, and the work space is a block's whatever the length.
+        """
+        size = max(self.NUMBERS // self.channels, 1)
+        starts, blocks = range(0, length, size), self.z[:length].split(size)
+        if torch.is_grad_enabled():
+            # What an adapter draws at random must come out the same the second time.
+            again: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": not self.is_plain()}
+            h = [checkpoint(self.block, z, start, **again) for z, start in zip(blocks, starts, strict=True)]
+        else:
+            h = [self.block(z, start) for z, start in zip(blocks, starts, strict=True)]
+        return torch.cat(h, 1)
+
+    def block(self, z: Tensor, start: int) -> Tensor:
+        """The filters at the positions from `start` on, whose features are z [n, emb_dim], [channels, n]."""
+        with full_precision(z):
+            x = z
             for layer in self.layers:
                 x = torch.sin(self.freq * layer(x))
-            h = self.out(x)  # [length, channels]
+            h = self.out(x)  # [n, channels]
             if self.config.filter_modulate:
-                h = h * self.window(length, h)
+                h = h * self.window(start, h)
             if self.config.filter_normalize:
                 h = h / h.abs().sum(-1, keepdim=True)
         return h.T
 
-    def window(self, length: int, like: Tensor) -> Tensor:
-        """exp(-t |delta|) + shift, [length, channels]; t runs from 0 to 1 over the whole filter."""
+    def window(self, start: int, h: Tensor) -> Tensor:
+        """exp(-t |delta|) + shift at the positions of h from `start` on, [n, channels]; t runs from 0 to 1 over the filter."""
         target = math.log(self.TARGET)
         slow, fast = target / self.SLOW, target / self.FAST
-        delta = torch.linspace(slow, fast, self.channels, dtype=like.dtype, device=like.device)
-        t = torch.arange(length, dtype=like.dtype, device=like.device)[:, None] / max(self.length - 1, 1)
+        delta = torch.linspace(slow, fast, self.channels, dtype=h.dtype, device=h.device)
+        t = torch.arange(start, start + len(h), dtype=h.dtype, device=h.device)[:, None] / max(self.length - 1, 1)
         return torch.exp(-t * delta.abs()) + self.config.filter_shift
 
     def positions(self) -> Tensor:
