@@ -70,11 +70,13 @@ class Hyena(RecurrentMixer):
         for n in range(self.order - 1, 0, -1):
             i = self.order - 1 - n
             history = None if histories is None else histories[:, i * D : (i + 1) * D, :seen]
-            v, history = self.convolve(v, gates[n], h[i], skip[i], history, attention_mask, cu_seqlens)
-            kept.append(history)
+            post_gate = gates[0] if n == 1 else None
+            v, history = self.convolve(v, gates[n], post_gate, h[i], skip[i], history, attention_mask, cu_seqlens)
+            if cache is not None:  # as large as v in float32: not to be held for nothing
+                kept.append(history)
         if cache is not None:
             cache.write(x.shape[1], conv=conv_state, recurrent=torch.cat(kept, 1))
-        return self.out_proj(gates[0] * v), None
+        return self.out_proj(v), None
 
     @staticmethod
     def takes_step(x: Tensor, histories: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> bool:
@@ -98,24 +100,27 @@ class Hyena(RecurrentMixer):
     @staticmethod
     def convolve(
         v: Tensor,
-        gate: Tensor,
+        pre_gate: Tensor,
+        post_gate: Tensor | None,
         h: Tensor,
         skip: Tensor,
         history: Tensor | None,
         mask: Tensor | None,
         cu_seqlens: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        """The long convolution of gate * v, [B, T, D]; padding is taken out of the way first."""
+        """post_gate * (the long convolution of pre_gate * v), [B, T, D]; padding is taken out of the way first."""
         if mask is None:
-            v, gate = v.transpose(1, 2), gate.transpose(1, 2)
-            y, history = long_conv(v, h, skip, pre_gate=gate, initial_state=history, cu_seqlens=cu_seqlens)
+            u, before = v.transpose(1, 2), pre_gate.transpose(1, 2)
+            behind = None if post_gate is None else post_gate.transpose(1, 2)
+            y, history = long_conv(u, h, skip, pre_gate=before, post_gate=behind, initial_state=history, cu_seqlens=cu_seqlens)
             return y.transpose(1, 2), history
         dtype = torch.promote_types(v.dtype, torch.float32)
-        (p,) = zero_padding(mask, v.to(dtype) * gate.to(dtype))
+        (p,) = zero_padding(mask, v.to(dtype) * pre_gate.to(dtype))
         past = p.new_zeros(p.shape[0], 0, p.shape[2]) if history is None else history.transpose(1, 2)
         sequence, place = right_align(mask, past, p)
         y, history = long_conv(sequence.transpose(1, 2), h, skip)
-        return take(y.transpose(1, 2), place).to(v.dtype), history
+        y = take(y.transpose(1, 2), place)
+        return (y if post_gate is None else y * post_gate).to(v.dtype), history
 
 
 class HyenaFilter(nn.Module):

@@ -70,6 +70,9 @@ def short_conv(
         initial_state = x.new_zeros(shape)
     check_state("initial_state", initial_state, "[B, W - 1, D] (packed: [N, W - 1, D])", shape, x.dtype)
     dtype = compute_dtype(x)
-    inputs = (x.to(dtype), w.to(dtype), None if b is None else b.to(dtype), initial_state.to(dtype), cu_seqlens)
-    y, state = run(IMPLEMENTATIONS, backend, T, *inputs)
+    weights = w.to(dtype), None if b is None else b.to(dtype)
+    # x stays as narrow as it is, its products with the weights are wide.
+    y, state = run(
+        IMPLEMENTATIONS, backend, T, x, *weights, initial_state, cu_seqlens, x.dtype if activation is None else dtype
+    )
     return (F.silu(y) if activation == "silu" else y).to(x.dtype), state.to(x.dtype)
