@@ -7,7 +7,7 @@ import torch
 from families import ids, logits, new_cache, tiny_model
 
 from hf_linear import ops
-from hf_linear.mixers.hyena import HyenaFilter
+from hf_linear.mixers.hyena import Hyena, HyenaFilter
 
 
 @pytest.mark.parametrize("prefill", [1, 2, 31, 32, 63, 64, 100, 129])
@@ -59,6 +59,21 @@ def test_decoding_is_the_full_forward(name):
         for t in range(80, 100):
             again = model(x[:, t : t + 1], past_key_values=snapshot).logits
             torch.testing.assert_close(again, exact[:, t : t + 1], rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("name", ["hyena", "hyena-order3"])
+def test_generating_past_doublings_and_tiles(name, beams, monkeypatch):
+    """Left-padded rows, their states reordered with the beams: as without a cache, and step by step all the way."""
+    model, x, steps = tiny_model(name, num_hidden_layers=1), ids(2, 40), []
+    mask = torch.ones_like(x)
+    mask[0, :23] = 0
+    options = {"num_beams": beams, "max_new_tokens": 90, "do_sample": False, "pad_token_id": 0, "attention_mask": mask}
+    expected = model.generate(x, use_cache=False, **options)
+    step = Hyena.step
+    monkeypatch.setattr(Hyena, "step", lambda self, *inputs: steps.append(inputs[-1]) or step(self, *inputs))
+    assert torch.equal(model.generate(x, **options), expected)
+    assert steps == list(range(40, 129))  # doublings at 40 and 80, a tile of 32 tokens at 72 and 112
 
 
 def test_filter_is_remembered_per_weights():

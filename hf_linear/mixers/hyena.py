@@ -81,11 +81,9 @@ class Hyena(RecurrentMixer):
     @staticmethod
     def takes_step(x: Tensor, histories: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> bool:
         """One token, no padding that would move the history, and nothing that belongs to a graph."""
-        if x.shape[1] != 1 or cu_seqlens is not None or torch.compiler.is_compiling():
+        if x.shape[1] != 1 or mask is not None or cu_seqlens is not None or torch.compiler.is_compiling():
             return False
-        if torch.is_grad_enabled() or histories.requires_grad:
-            return False
-        return mask is None or bool(mask.all())  # a look at the mask costs less than the convolution it saves
+        return not (torch.is_grad_enabled() or histories.requires_grad)
 
     def step(self, v: Tensor, gates: list[Tensor], histories: Tensor, seen: int) -> tuple[Tensor, Tensor]:
         """All long convolutions for one token, [B, 1, D], and the state that it leads to."""
@@ -148,7 +146,7 @@ class HyenaFilter(nn.Module):
         self.layers = nn.ModuleList(nn.Linear(a, b, **options) for a, b in pairwise(sizes))
         self.out = nn.Linear(width, self.channels, bias=False, **options)
         self.skip = nn.Parameter(torch.empty(self.channels, **options))
-        self.evaluated: tuple[list, list[Tensor], Tensor] | None = None
+        self.evaluated: tuple[list, list[Tensor], Tensor, Tensor] | None = None
 
     def _apply(self, fn, recurse=True):
         def keep_float32(x: Tensor) -> Tensor:
@@ -166,13 +164,13 @@ class HyenaFilter(nn.Module):
                 f"a sequence or document must not be longer than the Hyena filter, max_position_embeddings = {self.length}, "
                 f"got {length} tokens: shorten it, or train a model with a longer filter"
             )
-        if torch.compiler.is_compiling():
-            h = self.evaluate(length)
-        elif torch.is_grad_enabled() or self.training or not self.is_plain():
+        if not torch.compiler.is_compiling():
+            if not torch.is_grad_enabled() and not self.training and self.is_plain():
+                return self.remembered(length)
             self.evaluated = None  # where weights learn, not every change of theirs shows: FSDP2 hides those of gathered ones
-            h = self.evaluate(length)
-        else:
-            h = self.remembered(length)
+        return self.by_order(self.evaluate(length))
+
+    def by_order(self, h: Tensor) -> tuple[Tensor, Tensor]:
         per_order = (self.config.hyena_order - 1, -1)
         # A copy of the skips: FSDP2 takes the parameters of a module back when its forward ends.
         return h.unflatten(0, per_order), self.skip.clone().unflatten(0, per_order)
@@ -181,17 +179,19 @@ class HyenaFilter(nn.Module):
         """Whether the weights alone make the filter; an adapter may be switched off without a change of any."""
         return all(type(layer) is nn.Linear and is_untouched(layer) for layer in (*self.layers, self.out))
 
-    def remembered(self, length: int) -> Tensor:
-        """`evaluate` without a gradient, anew only for other weights or a greater length."""
-        weights = list(self.parameters())
+    def remembered(self, length: int) -> tuple[Tensor, Tensor]:
+        """`forward` without a gradient, anew only for other weights or a greater length."""
+        modules = (self, *self.layers, self.out)  # each plain: `parameters()` would search them again for every token
+        weights = [weight for module in modules for weight in module._parameters.values() if weight is not None]
         if any(weight.is_inference() for weight in weights):
-            return self.evaluate(length)  # such tensors count no versions
+            return self.by_order(self.evaluate(length))  # such tensors count no versions
         key = [(weight.data_ptr(), weight._version, weight.dtype, weight.device) for weight in weights]
-        if self.evaluated is None or self.evaluated[0] != key or self.evaluated[2].shape[1] < length:
+        if self.evaluated is None or self.evaluated[0] != key or self.evaluated[2].shape[-1] < length:
             longer = min(1 << (length - 1).bit_length(), self.length)  # tokens that follow find it long enough
             # Held weights keep their addresses: a new weight at a freed one would pass for the old.
-            self.evaluated = key, [weight.detach() for weight in weights], self.evaluate(longer)
-        return self.evaluated[2][:, :length]
+            self.evaluated = key, [weight.detach() for weight in weights], *self.by_order(self.evaluate(longer))
+        _, _, h, skip = self.evaluated
+        return h[..., :length], skip
 
     def evaluate(self, length: int) -> Tensor:
         """The filters of all orders, [channels, length].

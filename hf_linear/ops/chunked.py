@@ -289,6 +289,10 @@ def short_conv(
     """y_t = b + sum_k w[:, W-1-k] x_{t-k}, one multiplication of the whole sequence a tap; y in `dtype`."""
     T, W = x.shape[1], w.shape[1]
     if cu_seqlens is None:
+        if T == 1:
+            window = torch.cat([state, x], 1)
+            y = (window * w.T).sum(1, keepdim=True)
+            return (y if b is None else y + b).to(dtype), window[:, 1:]
         if not torch.compiler.is_compiling():
             return Taps.apply(x, w, b, state, dtype)
         y, state = taps(x, w, b, state)  # the compiler fuses them itself
@@ -361,7 +365,7 @@ class Taps(torch.autograd.Function):
         n = min(T, W - 1)  # inputs that are in the last state
         dx = torch.empty_like(x) if needed[0] else None
         dw = torch.zeros_like(w) if needed[1] else None
-        db = dy.sum((0, 1), dtype=w.dtype) if needed[2] else None
+        db = None if b is None or not needed[2] else dy.sum((0, 1), dtype=w.dtype).to(b.dtype)
         for i, j in Taps.pieces(x):
             if dx is not None:
                 piece = dy[:, i:j] * w[:, -1]

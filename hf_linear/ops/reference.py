@@ -66,7 +66,8 @@ def short_conv(
             state = window[:, 1:]
         return torch.stack(y, 1).to(dtype), state
 
-    return by_document(recurrence, [x.to(w.dtype)], state.to(w.dtype), cu_seqlens)
+    x, state, b = x.to(w.dtype), state.to(w.dtype), None if b is None else b.to(w.dtype)
+    return by_document(recurrence, [x], state, cu_seqlens)
 
 
 def long_conv(p: Tensor, h: Tensor, history: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
