@@ -106,7 +106,7 @@ def test_a_bag_of_kmers_finds_what_composition_tells():
     """Naive Bayes by hand: three documents, p(k-mer | class) with one added to each count."""
     train = Dataset.from_dict({"text": ["AAAC", "AACA", "GGTG"], "label": [0, 0, 1]})
     held_out = Dataset.from_dict({"text": ["AAAA", "GTGG", "TTTTT", "CCAA"], "label": [0, 1, 1, 0]})
-    # "TTTTT" has no k-mer of either class but the padded one: the prior says 0
+    # "TTTTT" has no k-mer of either class: the prior says 0
     assert kmer_accuracy(2, train, held_out) == 0.75
     assert majority_accuracy(train, held_out) == 0.5
 

@@ -38,7 +38,7 @@ def majority_accuracy(train: Dataset, documents: Dataset) -> float:
 def kmer_accuracy(k: int, train: Dataset, documents: Dataset) -> float:
     """Naive Bayes on a bag of k-mers:  argmax_c log p(c) + sum_kmers log (n(kmer, c) + 1) / (n(c) + K),  K different k-mers."""
     labels = np.array(train["label"])
-    grams = [grams_of(text, k) for text in train["text"]]
+    grams = [kmers_of(text, k) for text in train["text"]]
     table, place = np.unique(np.concatenate(grams), return_inverse=True)
     owner = np.repeat(labels, [len(of_one) for of_one in grams])
     counts = np.zeros((labels.max() + 1, len(table)))
@@ -47,9 +47,14 @@ def kmer_accuracy(k: int, train: Dataset, documents: Dataset) -> float:
     prior = np.log(np.bincount(labels) / len(labels))
     right = 0
     for text, label in zip(documents["text"], documents["label"], strict=True):
-        at = np.searchsorted(table, found := grams_of(text, k)).clip(max=len(table) - 1)
+        at = np.searchsorted(table, found := kmers_of(text, k)).clip(max=len(table) - 1)
         right += (prior + scores[:, at[table[at] == found]].sum(1)).argmax() == label
     return float(right / len(documents))
+
+
+def kmers_of(text: str, k: int) -> np.ndarray:
+    """Every k bytes of a text, without what stands before its start: that would tell where in the text they are."""
+    return grams_of(text, k)[k - 1 :]
 
 
 def byte_grams(documents: Dataset, k: int) -> np.ndarray:
