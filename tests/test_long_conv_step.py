@@ -1,13 +1,16 @@
 """Relaxed convolution, token by token, against the direct sums of the oracle; the filter that is remembered."""
 
 import copy
+from collections import Counter
 
 import pytest
 import torch
 from families import ids, logits, new_cache, tiny_model
 
+from benchmarks.hyena_decode import token_kinds
 from hf_linear import ops
 from hf_linear.mixers.hyena import Hyena, HyenaFilter
+from hf_linear.ops.long_conv_step import BLOCK
 
 
 @pytest.mark.parametrize("prefill", [1, 2, 31, 32, 63, 64, 100, 129])
@@ -103,3 +106,10 @@ def test_filter_is_evaluated_anew_behind_training_and_under_hooks():
         torch.testing.assert_close(filter(100)[0], 2 * first)
         filter.out.register_forward_hook(lambda module, inputs, output: 3 * output)
         torch.testing.assert_close(filter(100)[0], 6 * first)
+
+
+@pytest.mark.parametrize("P", [64, 1024])
+def test_the_benchmark_counts_every_kind_of_token(P):
+    """Between two doublings, by the rule of `long_conv_ahead`: the tile of token i is its lowest set bit, where BLOCK divides i."""
+    kinds = Counter(P if i == 0 else (i & -i) * (i % BLOCK == 0) for i in range(P))
+    assert token_kinds(P) == kinds
