@@ -110,6 +110,6 @@ def test_filter_is_evaluated_anew_behind_training_and_under_hooks():
 
 @pytest.mark.parametrize("P", [64, 1024])
 def test_the_benchmark_counts_every_kind_of_token(P):
-    """Between two doublings, by the rule of `long_conv_ahead`: the tile of token i is its lowest set bit, where BLOCK divides i."""
+    """By the rule of `long_conv_ahead`: the size of token i's tile is its lowest set bit, where BLOCK divides i."""
     kinds = Counter(P if i == 0 else (i & -i) * (i % BLOCK == 0) for i in range(P))
     assert token_kinds(P) == kinds
