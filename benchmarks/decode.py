@@ -1,10 +1,13 @@
 """Decoding on a GPU: a token of a whole model, and the one launch that moves a layer's state.
 
-    python -m benchmarks.decode [step models ...]
+    python -m benchmarks.decode [step models hyena ...]
 
 Rows of suite "decode". Models of about 340M parameters in bfloat16 after a prompt of 512 tokens, eager with a dynamic cache and
 compiled with a static one, beside flash-linear-attention's (eager: they do not compile in one graph) where it is installed and
 Transformers' Llama. `shape` is "B prompt" of a model and "B H K V" of a step.
+
+`hyena` is safari's 153M, eager, up to the end of its 2048 positions, beside a GLA of its depth, width and size: the median
+token, and the worst one, the doubling of the states and their tiles included (docs/hyena.md).
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ from triton.testing import do_bench
 
 from benchmarks.kernels import GLA, MILLISECONDS, PEER, RETENTION, ceilings
 from benchmarks.table import append
-from hf_linear import GLAConfig, GLAForCausalLM, RetNetConfig, RetNetForCausalLM
+from hf_linear import GLAConfig, GLAForCausalLM, HyenaConfig, HyenaForCausalLM, RetNetConfig, RetNetForCausalLM
 from hf_linear.cache import CACHE_NAME, StateLayer
 from hf_linear.ops import recurrent_step, retention_decay
 
@@ -93,6 +96,39 @@ def models() -> None:
                 append("decode", case, shape, "bfloat16", "step", "ms", ours, LLAMA, llama[compiled], floor / ours)
 
 
+def hyena() -> None:
+    def new_hyena() -> PreTrainedModel:
+        return HyenaForCausalLM(HyenaConfig())
+
+    def new_gla() -> PreTrainedModel:
+        size = {"hidden_size": 864, "num_hidden_layers": 18, "intermediate_size": 1152, "vocab_size": 50264}
+        return GLAForCausalLM(GLAConfig(num_heads=4, tie_word_embeddings=True, **size))
+
+    prompt = HyenaConfig().max_position_embeddings - WARMUP - TIMED
+    mine, peers = every_token(new_hyena, prompt), every_token(new_gla, prompt)
+    for metric, reduce in (("step", statistics.median), ("worst", max)):
+        append("decode", "hyena-153m", f"1 {prompt}", "bfloat16", metric, "ms", reduce(mine), "ours gla-153m", reduce(peers))
+
+
+@torch.no_grad()
+def every_token(new: Callable[[], PreTrainedModel], prompt: int) -> list[float]:
+    """The time of each token of a batch of one from the prompt on, the second time over: whatever is made once is made."""
+    torch.manual_seed(0)
+    model = new().to(DEVICE, torch.bfloat16).eval()
+    print(f"{type(model).__name__}: {model.num_parameters():,} parameters")
+    ids = torch.randint(model.config.vocab_size, (1, prompt), device=DEVICE)
+    for _ in range(2):
+        cache, times = DynamicCache(config=model.config), []
+        token = model(ids, use_cache=True, **{CACHE_NAME: cache}).logits[:, -1:].argmax(-1)
+        for _ in range(WARMUP + TIMED):
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            token = model(token, use_cache=True, **{CACHE_NAME: cache}).logits[:, -1:].argmax(-1)
+            torch.cuda.synchronize()
+            times.append(1e3 * (time.perf_counter() - start))
+    return times
+
+
 def new_llama() -> PreTrainedModel:
     shape = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 2816}
     return LlamaForCausalLM(LlamaConfig(vocab_size=32000, **shape))
@@ -130,7 +166,7 @@ def milliseconds(new: Callable[[], PreTrainedModel], B: int, compiled: bool) -> 
     return statistics.median(times[WARMUP:]), weights + 2 * states
 
 
-SUITES = {"step": step, "models": models}
+SUITES = {"step": step, "models": models, "hyena": hyena}
 
 if __name__ == "__main__":
     for suite in sys.argv[1:] or SUITES:

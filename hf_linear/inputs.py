@@ -19,16 +19,17 @@ def padding_mask(attention_mask: Tensor | None, T: int) -> Tensor | None:
             "a recurrent layer passes every token on to all later ones and can hide padding only; "
             "tell packed documents apart with cu_seq_lens_q"
         )
+    mask = attention_mask[:, -T:]  # padding that came before is none of the new tokens' business
     if not torch.compiler.is_compiling():
-        if bool((attention_mask == 1).all()):
+        if bool((mask == 1).all()):
             return None
-        if bool(((attention_mask != 0) & (attention_mask != 1)).any()):
+        if bool(((mask != 0) & (mask != 1)).any()):
             raise ValueError(
-                f"attention_mask must be 1 on tokens and 0 on padding, got values from {attention_mask.min().item()} to "
-                f"{attention_mask.max().item()}: tell packed documents apart with cu_seq_lens_q"
+                f"attention_mask must be 1 on tokens and 0 on padding, got values from {mask.min().item()} to "
+                f"{mask.max().item()}: tell packed documents apart with cu_seq_lens_q"
             )
     # With strides of its own: those of a view grow with the mask, and a graph is compiled anew for each.
-    return attention_mask[:, -T:].clone(memory_format=torch.contiguous_format)
+    return mask.clone(memory_format=torch.contiguous_format)
 
 
 def check_window(attention_mask: Tensor | None, past_key_values: Cache | None, window: int) -> None:

@@ -139,7 +139,7 @@ def read_metrics(folder: str | Path) -> dict[str, float]:
     """The held-out figures of eval_results.json, as training/ leaves it."""
     file = Path(folder) / "eval_results.json"
     results = json.loads(file.read_text()) if file.is_file() else {}
-    names = [name for name in ("perplexity", "bits_per_byte") if f"eval_{name}" in results]
+    names = [name for name in ("perplexity", "bits_per_byte", "accuracy") if f"eval_{name}" in results]
     return {name: float(f"{results[f'eval_{name}']:.4g}") for name in names}
 
 

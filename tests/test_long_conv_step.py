@@ -1,13 +1,16 @@
 """Relaxed convolution, token by token, against the direct sums of the oracle; the filter that is remembered."""
 
 import copy
+from collections import Counter
 
 import pytest
 import torch
 from families import ids, logits, new_cache, tiny_model
 
+from benchmarks.hyena_decode import token_kinds
 from hf_linear import ops
-from hf_linear.mixers.hyena import HyenaFilter
+from hf_linear.mixers.hyena import Hyena, HyenaFilter
+from hf_linear.ops.long_conv_step import BLOCK
 
 
 @pytest.mark.parametrize("prefill", [1, 2, 31, 32, 63, 64, 100, 129])
@@ -61,6 +64,21 @@ def test_decoding_is_the_full_forward(name):
             torch.testing.assert_close(again, exact[:, t : t + 1], rtol=0, atol=1e-9)
 
 
+@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("name", ["hyena", "hyena-order3"])
+def test_generating_past_doublings_and_tiles(name, beams, monkeypatch):
+    """Left-padded rows, their states reordered with the beams: as without a cache, and step by step all the way."""
+    model, x, steps = tiny_model(name, num_hidden_layers=1), ids(2, 40), []
+    mask = torch.ones_like(x)
+    mask[0, :23] = 0
+    options = {"num_beams": beams, "max_new_tokens": 90, "do_sample": False, "pad_token_id": 0, "attention_mask": mask}
+    expected = model.generate(x, use_cache=False, **options)
+    step = Hyena.step
+    monkeypatch.setattr(Hyena, "step", lambda self, *inputs: steps.append(inputs[-1]) or step(self, *inputs))
+    assert torch.equal(model.generate(x, **options), expected)
+    assert steps == list(range(40, 129))  # doublings at 40 and 80, a tile of 32 tokens at 72 and 112
+
+
 def test_filter_is_remembered_per_weights():
     model = tiny_model("hyena")
     filter = next(module for module in model.modules() if isinstance(module, HyenaFilter))
@@ -88,3 +106,10 @@ def test_filter_is_evaluated_anew_behind_training_and_under_hooks():
         torch.testing.assert_close(filter(100)[0], 2 * first)
         filter.out.register_forward_hook(lambda module, inputs, output: 3 * output)
         torch.testing.assert_close(filter(100)[0], 6 * first)
+
+
+@pytest.mark.parametrize("P", [64, 1024])
+def test_the_benchmark_counts_every_kind_of_token(P):
+    """By the rule of `long_conv_ahead`: the size of token i's tile is its lowest set bit, where BLOCK divides i."""
+    kinds = Counter(P if i == 0 else (i & -i) * (i % BLOCK == 0) for i in range(P))
+    assert token_kinds(P) == kinds

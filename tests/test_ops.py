@@ -82,6 +82,24 @@ def test_full_reset_forgets_everything(case, backend):
     assert_equal_to_rounding({"o": o, "state": state}, expected, inputs, ROUNDING)
 
 
+@pytest.mark.parametrize("T", [1, 2, 6, 23])
+@named(SHORT_CONV)
+def test_short_conv_in_pieces_of_a_few_tokens(case, T, monkeypatch):
+    """Taps that reach from one piece into the last, several back, and into the state."""
+    inputs = case.sample(T, K=5, V=3)
+    monkeypatch.setattr(chunked_ops.Taps, "NUMBERS", 2 * inputs["x"][:, 0].numel())
+    expected = outputs_and_gradients(partial(case, "reference"), inputs)
+    assert_equal_to_rounding(outputs_and_gradients(partial(case, "chunked"), inputs), expected, inputs, ROUNDING)
+
+
+def test_short_conv_keeps_its_inputs_alone():
+    """In bfloat16: neither a wide copy of the sequence nor a product with a tap."""
+    x, w, kept = torch.randn(1, 200, 24).bfloat16().requires_grad_(), torch.randn(24, 3, requires_grad=True), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda z: kept.append(z) or z, lambda z: z):
+        ops.short_conv(x, w)[0].sum()
+    assert {z.untyped_storage().data_ptr() for z in kept if z.numel() >= 200} == {x.untyped_storage().data_ptr()}
+
+
 @pytest.mark.parametrize("T", [1, 2, 15, 16, 63, 64, 65, 127, 200])
 @named(CASES)
 def test_chunked_equals_reference_at_any_length(case, T):

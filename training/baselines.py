@@ -30,14 +30,41 @@ def ngram_bits_per_byte(order: int, train: Dataset, held_out: Dataset) -> float:
     return float(-np.log2(p).mean())
 
 
+def majority_accuracy(train: Dataset, documents: Dataset) -> float:
+    """Always the commonest class of the training documents."""
+    return float(np.mean(np.array(documents["label"]) == np.bincount(train["label"]).argmax()))
+
+
+def kmer_accuracy(k: int, train: Dataset, documents: Dataset) -> float:
+    """Naive Bayes on a bag of k-mers:  argmax_c log p(c) + sum_kmers log (n(kmer, c) + 1) / (n(c) + K),  K different k-mers."""
+    labels = np.array(train["label"])
+    grams = [kmers_of(text, k) for text in train["text"]]
+    table, place = np.unique(np.concatenate(grams), return_inverse=True)
+    owner = np.repeat(labels, [len(of_one) for of_one in grams])
+    counts = np.zeros((labels.max() + 1, len(table)))
+    np.add.at(counts, (owner, place), 1)
+    scores = np.log(counts + 1) - np.log(counts.sum(1, keepdims=True) + len(table))
+    prior = np.log(np.bincount(labels) / len(labels))
+    right = 0
+    for text, label in zip(documents["text"], documents["label"], strict=True):
+        at = np.searchsorted(table, found := kmers_of(text, k)).clip(max=len(table) - 1)
+        right += (prior + scores[:, at[table[at] == found]].sum(1)).argmax() == label
+    return float(right / len(documents))
+
+
+def kmers_of(text: str, k: int) -> np.ndarray:
+    """Every k bytes of a text, without what stands before its start: that would tell where in the text they are."""
+    return grams_of(text, k)[k - 1 :]
+
+
 def byte_grams(documents: Dataset, k: int) -> np.ndarray:
     """Every k bytes that end at a byte of a document, as one number (so k <= 7); zero bytes stand before its start."""
-    grams = []
-    for text in documents["text"]:
-        padded = np.frombuffer(bytes(k - 1) + text.encode(), np.uint8).astype(np.int64)
-        windows = np.lib.stride_tricks.sliding_window_view(padded, k)
-        grams.append(windows @ 256 ** np.arange(k)[::-1])
-    return np.concatenate(grams)
+    return np.concatenate([grams_of(text, k) for text in documents["text"]])
+
+
+def grams_of(text: str, k: int) -> np.ndarray:
+    padded = np.frombuffer(bytes(k - 1) + text.encode(), np.uint8).astype(np.int64)
+    return np.lib.stride_tricks.sliding_window_view(padded, k) @ 256 ** np.arange(k)[::-1]
 
 
 def look_up(keys: np.ndarray, table: np.ndarray, values: np.ndarray) -> np.ndarray:

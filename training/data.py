@@ -17,6 +17,7 @@ from datasets import Dataset, IterableDataset, load_dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import DataCollatorWithFlattening, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from training.dna import motif_order
 from training.recipe import DataRecipe, did_you_mean
 
 FILE_FORMATS = ("text", "parquet", "json")
@@ -46,8 +47,9 @@ def load_documents(recipe: DataRecipe) -> tuple[Dataset | IterableDataset, Datas
 
 
 def load_split(recipe: DataRecipe, split: str) -> Dataset | IterableDataset:
-    if recipe.path == "python-stdlib":
-        documents = Dataset.from_dict({recipe.column: list(read_standard_library())})
+    if recipe.path in ("python-stdlib", "dna-motifs"):
+        made_here = recipe.path == "dna-motifs"
+        documents = motif_order(split) if made_here else Dataset.from_dict({recipe.column: list(read_standard_library())})
         documents = documents.to_iterable_dataset() if recipe.streaming else documents
     else:
         if recipe.path in FILE_FORMATS:
@@ -56,14 +58,15 @@ def load_split(recipe: DataRecipe, split: str) -> Dataset | IterableDataset:
         documents = load_dataset(
             recipe.path, recipe.name, data_files=recipe.data_files, split=split, streaming=recipe.streaming, **whole_files
         )
-    first = next(iter(documents), {recipe.column: None})
-    if recipe.column not in first:
-        raise ValueError(
-            f"data.column: got {recipe.column!r}; wanted one of {', '.join(first)}.{did_you_mean(recipe.column, first)}"
-        )
-    documents = documents.select_columns([recipe.column])
-    if recipe.column != "text":
-        documents = documents.rename_column(recipe.column, "text")
+    columns = {"column": recipe.column} if recipe.label is None else {"column": recipe.column, "label": recipe.label}
+    first = next(iter(documents), dict.fromkeys(columns.values()))
+    for key, name in columns.items():
+        if name not in first:
+            raise ValueError(f"data.{key}: got {name!r}; wanted one of {', '.join(first)}.{did_you_mean(name, first)}")
+    documents = documents.select_columns(list(columns.values()))
+    for name, ours in zip(columns.values(), ("text", "label"), strict=False):
+        if name != ours:
+            documents = documents.rename_column(name, ours)
     documents = documents.filter(bool, input_columns="text")  # an empty document has nothing to learn and costs no byte
     if next(iter(documents), None) is None:
         raise ValueError(
@@ -71,6 +74,31 @@ def load_split(recipe: DataRecipe, split: str) -> Dataset | IterableDataset:
             "Name another split or column."
         )
     return documents
+
+
+def load_classes(recipe: DataRecipe) -> tuple[dict[str, Dataset], list[str]]:
+    """The documents to train on, those held out and those of the test, "text" and "label" 0, 1, ..., and the classes' names."""
+    if recipe.label is None or recipe.test is None or recipe.streaming:
+        raise ValueError(
+            f"data: got label={recipe.label!r}, test={recipe.test!r} and streaming={recipe.streaming}; wanted a column of "
+            "classes, a split to test on, and no stream. Set data.label and data.test."
+        )
+    train, held_out = load_documents(recipe)
+    splits = {"train": train, "held_out": held_out, "test": load_split(recipe, recipe.test)}
+    classes = sorted(set(train["label"]))
+    for name, documents in splits.items():
+        if unknown := set(documents["label"]) - set(classes):
+            raise ValueError(
+                f"data.label: got the classes {sorted(unknown)} in {name}; wanted those of the training documents, {classes}. "
+                "Give each of them some."
+            )
+
+    def number(label: str | int) -> dict[str, int]:
+        return {"label": classes.index(label)}
+
+    numbered = {name: documents.map(number, input_columns="label") for name, documents in splits.items()}
+    features = train.features["label"]
+    return numbered, features.int2str(classes) if hasattr(features, "int2str") else [str(label) for label in classes]
 
 
 def check_files(recipe: DataRecipe) -> None:

@@ -26,9 +26,13 @@ def open_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTrained
     # float32, for a fine-tuning step is lost in the rounding of bfloat16 weights; trainer.bf16 still computes in bfloat16
     options = {"dtype": torch.float32, **recipe.model}
     model = AutoModelForCausalLM.from_pretrained(options.pop("checkpoint"), **options)
+    return with_adapters(model, recipe, "CAUSAL_LM")
+
+
+def with_adapters(model: PreTrainedModel, recipe: Recipe, task: str) -> PreTrainedModel:
     if recipe.lora is None:
         return model
-    return get_peft_model(model, LoraConfig(**{"task_type": "CAUSAL_LM", "target_modules": "all-linear"} | recipe.lora))
+    return get_peft_model(model, LoraConfig(**{"task_type": task, "target_modules": "all-linear"} | recipe.lora))
 
 
 def main() -> None:

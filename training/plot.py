@@ -9,6 +9,28 @@ from matplotlib.ticker import EngFormatter
 TRAINING, HELD_OUT = "#4477aa", "#cc3311"  # told apart by every eye
 
 
+def plot_accuracy(log_history: list[dict], baselines: dict[str, float], path: str | Path) -> None:
+    """Draws a classifier's training loss and, on the held-out documents, its accuracy beside that of `baselines`."""
+    losses, accuracies = (
+        [(log["step"], log[name]) for log in log_history if name in log] for name in ("loss", "eval_accuracy")
+    )
+    left, right = Figure(figsize=(10, 4), layout="constrained").subplots(1, 2)
+    if losses:
+        left.plot(*zip(*losses, strict=True), color=TRAINING, linewidth=1.2)
+    left.set(xlabel="step", ylabel="training loss (nats)", ylim=(0, None))
+    right.plot(
+        *zip(*accuracies, strict=True), color=HELD_OUT, marker="o", markersize=4, label=f"model: {accuracies[-1][1]:.1%}"
+    )
+    for (name, accuracy), style in zip(baselines.items(), ("--", ":"), strict=True):
+        right.axhline(accuracy, color="black", linestyle=style, linewidth=1.2, label=f"{name}: {accuracy:.1%}")
+    right.set(xlabel="step", ylabel="held-out accuracy", ylim=(min(0.4, *baselines.values()), 1.02))
+    right.legend(frameon=False)
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    left.figure.savefig(path, dpi=150)
+
+
 def plot_losses(log_history: list[dict], path: str | Path) -> None:
     """Draws Trainer's log. Bits per byte stand on the right: for one tokenizer they are the loss in another unit."""
     training = [(log["num_input_tokens_seen"], log["loss"]) for log in log_history if "loss" in log]

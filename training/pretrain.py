@@ -44,7 +44,12 @@ def config_class(recipe: Recipe) -> type[PreTrainedConfig]:
 
 
 def new_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """A model with fresh weights; its vocabulary is the tokenizer's unless the recipe asks for a larger one."""
+    """A model with fresh weights."""
+    return AutoModelForCausalLM.from_config(new_config(recipe, tokenizer))
+
+
+def new_config(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
+    """What the recipe says; the vocabulary is the tokenizer's unless it asks for a larger one."""
     bos, eos, pad = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
     special = {"bos_token_id": bos, "eos_token_id": eos, "pad_token_id": pad}
     if pad in (bos, eos):
@@ -55,7 +60,7 @@ def new_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTrainedM
         raise ValueError(
             f"model.vocab_size: got {fields['vocab_size']}; wanted at least {len(tokenizer)}, the tokenizer's. Leave it out."
         )
-    return AutoModelForCausalLM.from_config(config_class(recipe)(**fields))
+    return config_class(recipe)(**fields)
 
 
 def main() -> None:

@@ -48,12 +48,16 @@ class DataRecipe:
     """Where the documents come from: the words are those of datasets.load_dataset.
 
     Attributes:
-        path: a data set's name on the Hub, or "text" (a file is a document), "parquet", "json", or "python-stdlib".
+        path: a data set's name on the Hub, or "text" (a file is a document), "parquet", "json", or one that needs no download:
+            "python-stdlib", or "dna-motifs" (training/dna.py).
         name: the data set's configuration.
         data_files: files or globs.
         split: the split to train on.
         streaming: read while training instead of preparing first. Needs trainer.max_steps.
         column: the column that holds a document's text.
+        label: the column that holds its class, for training.classify.
+        test: for training.classify, the split whose accuracy is measured once, at the end; the held-out documents may then
+            choose among models.
         held_out: the documents to evaluate on. A fraction (chosen by the hash of the text, so that the choice is the same in
             every run, and a copy of a held-out document never trains); or a number (the first so many); or a split's name.
         sequence_length: tokens in a packed row. A longer document is cut into pieces of at most so many.
@@ -65,6 +69,8 @@ class DataRecipe:
     split: str = "train"
     streaming: bool = False
     column: str = "text"
+    label: str | None = None
+    test: str | None = None
     held_out: float | int | str = 0.05
     sequence_length: int = 2048
 
@@ -87,17 +93,21 @@ class DataRecipe:
 
 @dataclass(kw_only=True)
 class TokenizerRecipe:
-    """Either the tokenizer of a checkpoint, or a byte-level BPE of vocab_size tokens trained on the training documents."""
+    """The tokenizer of a checkpoint, a byte-level BPE of vocab_size tokens trained on the training documents, or HyenaDNA's."""
 
     checkpoint: str | None = None
     vocab_size: int | None = None
+    alphabet: str | None = None
 
     def __post_init__(self):
-        if (self.checkpoint is None) == (self.vocab_size is None):
+        if sum(value is not None for value in (self.checkpoint, self.vocab_size, self.alphabet)) != 1:
             raise ValueError(
-                f"tokenizer: got checkpoint={self.checkpoint!r} and vocab_size={self.vocab_size!r}; wanted exactly one: "
-                "`checkpoint` to use a tokenizer, or `vocab_size` to train a byte-level BPE."
+                f"tokenizer: got checkpoint={self.checkpoint!r}, vocab_size={self.vocab_size!r}, alphabet={self.alphabet!r}; "
+                "wanted exactly one: `checkpoint` to use a tokenizer, `vocab_size` to train a byte-level BPE, or "
+                "`alphabet: dna`."
             )
+        if self.alphabet not in (None, "dna"):
+            raise ValueError(f"tokenizer.alphabet: got {self.alphabet!r}; wanted dna. For text use checkpoint or vocab_size.")
 
 
 @dataclass(kw_only=True)

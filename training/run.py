@@ -13,6 +13,7 @@ from transformers import (
     set_seed,
 )
 
+from hf_linear.checkpoints.hyenadna import dna_tokenizer
 from hf_linear.decoder import LinearPreTrainedModel
 from model_cards.generate import write_card
 from training.data import SHUFFLE_BUFFER, collate, count_bytes, load_documents, pack, train_tokenizer
@@ -23,12 +24,7 @@ from training.recipe import Recipe
 
 def prepare(recipe: Recipe, make_model: Callable[[Recipe, PreTrainedTokenizerBase], PreTrainedModel]) -> Trainer:
     """A Trainer over the recipe's packed rows, ready to train."""
-    args = recipe.training_arguments()
-    if args.n_gpu > 1:
-        raise ValueError(
-            f"got {args.n_gpu} GPUs in one process, which cannot share a packed row; wanted a process for each GPU. Start with "
-            "torchrun --nproc-per-node, or set CUDA_VISIBLE_DEVICES."
-        )
+    args = training_arguments(recipe)
     with args.main_process_first():
         documents, held_out = load_documents(recipe.data)
         tokenizer = load_tokenizer(recipe, args, documents)
@@ -50,8 +46,20 @@ def prepare(recipe: Recipe, make_model: Callable[[Recipe, PreTrainedTokenizerBas
     )
 
 
+def training_arguments(recipe: Recipe) -> TrainingArguments:
+    args = recipe.training_arguments()
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"got {args.n_gpu} GPUs in one process, which cannot share a packed row; wanted a process for each GPU. Start with "
+            "torchrun --nproc-per-node, or set CUDA_VISIBLE_DEVICES."
+        )
+    return args
+
+
 def load_tokenizer(recipe: Recipe, args: TrainingArguments, documents: Dataset | IterableDataset):
-    """The checkpoint's, or one trained here; a resumed run takes the one it was started with."""
+    """The checkpoint's, HyenaDNA's, or one trained here; a resumed run takes the one it was started with."""
+    if recipe.tokenizer is not None and recipe.tokenizer.alphabet is not None:
+        return dna_tokenizer(recipe.data.sequence_length)
     checkpoint = recipe.tokenizer.checkpoint if recipe.tokenizer else recipe.model.get("checkpoint")
     resumed = args.resume_from_checkpoint
     folder = checkpoint or (resumed if isinstance(resumed, str) else args.output_dir)
@@ -60,8 +68,8 @@ def load_tokenizer(recipe: Recipe, args: TrainingArguments, documents: Dataset |
     return AutoTokenizer.from_pretrained(folder)
 
 
-def train(trainer: Trainer) -> dict[str, float]:
-    """Trains, evaluates, and leaves in output_dir what AutoModelForCausalLM and AutoTokenizer open, its card, and loss.png.
+def train(trainer: Trainer, plot: Callable[[list[dict], Path], None] = plot_losses) -> dict[str, float]:
+    """Trains, evaluates, and leaves in output_dir what the Auto classes open, its card, and loss.png, which `plot` draws.
 
     `trainer.resume_from_checkpoint` (true for the last checkpoint, or its folder) goes on where a run stopped, with the
     losses of a run that never stopped.
@@ -75,7 +83,7 @@ def train(trainer: Trainer) -> dict[str, float]:
     trainer.model.config.use_cache = True  # Trainer turned it off; whoever opens the folder wants to generate
     trainer.save_model()
     if trainer.is_world_process_zero():
-        plot_losses(trainer.state.log_history, Path(args.output_dir) / "loss.png")
+        plot(trainer.state.log_history, Path(args.output_dir) / "loss.png")
         if isinstance(trainer.accelerator.unwrap_model(trainer.model), LinearPreTrainedModel):
             write_card(args.output_dir, overwrite=True)  # peft writes that of an adapter
     return metrics

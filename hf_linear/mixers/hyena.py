@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import Cache, PreTrainedConfig
 
 from hf_linear.cache import HistoryLayer
@@ -69,20 +70,20 @@ class Hyena(RecurrentMixer):
         for n in range(self.order - 1, 0, -1):
             i = self.order - 1 - n
             history = None if histories is None else histories[:, i * D : (i + 1) * D, :seen]
-            v, history = self.convolve(v, gates[n], h[i], skip[i], history, attention_mask, cu_seqlens)
-            kept.append(history)
+            post_gate = gates[0] if n == 1 else None
+            v, history = self.convolve(v, gates[n], post_gate, h[i], skip[i], history, attention_mask, cu_seqlens)
+            if cache is not None:  # as large as v in float32: not to be held for nothing
+                kept.append(history)
         if cache is not None:
             cache.write(x.shape[1], conv=conv_state, recurrent=torch.cat(kept, 1))
-        return self.out_proj(gates[0] * v), None
+        return self.out_proj(v), None
 
     @staticmethod
     def takes_step(x: Tensor, histories: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> bool:
         """One token, no padding that would move the history, and nothing that belongs to a graph."""
-        if x.shape[1] != 1 or cu_seqlens is not None or torch.compiler.is_compiling():
+        if x.shape[1] != 1 or mask is not None or cu_seqlens is not None or torch.compiler.is_compiling():
             return False
-        if torch.is_grad_enabled() or histories.requires_grad:
-            return False
-        return mask is None or bool(mask.all())  # a look at the mask costs less than the convolution it saves
+        return not (torch.is_grad_enabled() or histories.requires_grad)
 
     def step(self, v: Tensor, gates: list[Tensor], histories: Tensor, seen: int) -> tuple[Tensor, Tensor]:
         """All long convolutions for one token, [B, 1, D], and the state that it leads to."""
@@ -97,24 +98,27 @@ class Hyena(RecurrentMixer):
     @staticmethod
     def convolve(
         v: Tensor,
-        gate: Tensor,
+        pre_gate: Tensor,
+        post_gate: Tensor | None,
         h: Tensor,
         skip: Tensor,
         history: Tensor | None,
         mask: Tensor | None,
         cu_seqlens: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        """The long convolution of gate * v, [B, T, D]; padding is taken out of the way first."""
+        """post_gate * (the long convolution of pre_gate * v), [B, T, D]; padding is taken out of the way first."""
         if mask is None:
-            v, gate = v.transpose(1, 2), gate.transpose(1, 2)
-            y, history = long_conv(v, h, skip, pre_gate=gate, initial_state=history, cu_seqlens=cu_seqlens)
+            u, before = v.transpose(1, 2), pre_gate.transpose(1, 2)
+            behind = None if post_gate is None else post_gate.transpose(1, 2)
+            y, history = long_conv(u, h, skip, pre_gate=before, post_gate=behind, initial_state=history, cu_seqlens=cu_seqlens)
             return y.transpose(1, 2), history
         dtype = torch.promote_types(v.dtype, torch.float32)
-        (p,) = zero_padding(mask, v.to(dtype) * gate.to(dtype))
+        (p,) = zero_padding(mask, v.to(dtype) * pre_gate.to(dtype))
         past = p.new_zeros(p.shape[0], 0, p.shape[2]) if history is None else history.transpose(1, 2)
         sequence, place = right_align(mask, past, p)
         y, history = long_conv(sequence.transpose(1, 2), h, skip)
-        return take(y.transpose(1, 2), place).to(v.dtype), history
+        y = take(y.transpose(1, 2), place)
+        return (y if post_gate is None else y * post_gate).to(v.dtype), history
 
 
 class HyenaFilter(nn.Module):
@@ -127,6 +131,7 @@ class HyenaFilter(nn.Module):
 
     # The slowest and the fastest channel reach `TARGET` after 1.5 and 0.3 times the filter's length.
     TARGET, SLOW, FAST = 1e-2, 1.5, 0.3
+    NUMBERS = 1 << 24  # of the filter, evaluated at a time: enough to fill a GPU, 64 MB an activation
 
     def __init__(self, config: PreTrainedConfig):
         super().__init__()
@@ -141,7 +146,7 @@ class HyenaFilter(nn.Module):
         self.layers = nn.ModuleList(nn.Linear(a, b, **options) for a, b in pairwise(sizes))
         self.out = nn.Linear(width, self.channels, bias=False, **options)
         self.skip = nn.Parameter(torch.empty(self.channels, **options))
-        self.evaluated: tuple[list, list[Tensor], Tensor] | None = None
+        self.evaluated: tuple[list, list[Tensor], Tensor, Tensor] | None = None
 
     def _apply(self, fn, recurse=True):
         def keep_float32(x: Tensor) -> Tensor:
@@ -159,13 +164,13 @@ class HyenaFilter(nn.Module):
                 f"a sequence or document must not be longer than the Hyena filter, max_position_embeddings = {self.length}, "
                 f"got {length} tokens: shorten it, or train a model with a longer filter"
             )
-        if torch.compiler.is_compiling():
-            h = self.evaluate(length)
-        elif torch.is_grad_enabled() or not self.is_plain():
+        if not torch.compiler.is_compiling():
+            if not torch.is_grad_enabled() and not self.training and self.is_plain():
+                return self.remembered(length)
             self.evaluated = None  # where weights learn, not every change of theirs shows: FSDP2 hides those of gathered ones
-            h = self.evaluate(length)
-        else:
-            h = self.remembered(length)
+        return self.by_order(self.evaluate(length))
+
+    def by_order(self, h: Tensor) -> tuple[Tensor, Tensor]:
         per_order = (self.config.hyena_order - 1, -1)
         # A copy of the skips: FSDP2 takes the parameters of a module back when its forward ends.
         return h.unflatten(0, per_order), self.skip.clone().unflatten(0, per_order)
@@ -174,37 +179,55 @@ class HyenaFilter(nn.Module):
         """Whether the weights alone make the filter; an adapter may be switched off without a change of any."""
         return all(type(layer) is nn.Linear and is_untouched(layer) for layer in (*self.layers, self.out))
 
-    def remembered(self, length: int) -> Tensor:
-        """`evaluate` without a gradient, anew only for other weights or a greater length."""
-        weights = list(self.parameters())
+    def remembered(self, length: int) -> tuple[Tensor, Tensor]:
+        """`forward` without a gradient, anew only for other weights or a greater length."""
+        modules = (self, *self.layers, self.out)  # each plain: `parameters()` would search them again for every token
+        weights = [weight for module in modules for weight in module._parameters.values() if weight is not None]
         if any(weight.is_inference() for weight in weights):
-            return self.evaluate(length)  # such tensors count no versions
+            return self.by_order(self.evaluate(length))  # such tensors count no versions
         key = [(weight.data_ptr(), weight._version, weight.dtype, weight.device) for weight in weights]
-        if self.evaluated is None or self.evaluated[0] != key or self.evaluated[2].shape[1] < length:
+        if self.evaluated is None or self.evaluated[0] != key or self.evaluated[2].shape[-1] < length:
             longer = min(1 << (length - 1).bit_length(), self.length)  # tokens that follow find it long enough
             # Held weights keep their addresses: a new weight at a freed one would pass for the old.
-            self.evaluated = key, [weight.detach() for weight in weights], self.evaluate(longer).contiguous()
-        return self.evaluated[2][:, :length]
+            self.evaluated = key, [weight.detach() for weight in weights], *self.by_order(self.evaluate(longer))
+        _, _, h, skip = self.evaluated
+        return h[..., :length], skip
 
     def evaluate(self, length: int) -> Tensor:
-        """The filters of all orders, [channels, length]."""
-        with full_precision(self.z):
-            x = self.z[:length]
+        """The filters of all orders, [channels, length].
+
+        Every position is a function of its own, so they are evaluated in blocks, and a gradient evaluates a block again: what
+        is kept is the filter, none of the MLP's activations, and the work space is a block's whatever the length.
+        """
+        size = max(self.NUMBERS // self.channels, 1)
+        starts, blocks = range(0, length, size), self.z[:length].split(size)
+        if torch.is_grad_enabled():
+            # What an adapter draws at random must come out the same the second time.
+            again: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": not self.is_plain()}
+            h = [checkpoint(self.block, z, start, **again) for z, start in zip(blocks, starts, strict=True)]
+        else:
+            h = [self.block(z, start) for z, start in zip(blocks, starts, strict=True)]
+        return torch.cat(h, 1)
+
+    def block(self, z: Tensor, start: int) -> Tensor:
+        """The filters at the positions from `start` on, whose features are z [n, emb_dim], [channels, n]."""
+        with full_precision(z):
+            x = z
             for layer in self.layers:
                 x = torch.sin(self.freq * layer(x))
-            h = self.out(x)  # [length, channels]
+            h = self.out(x)  # [n, channels]
             if self.config.filter_modulate:
-                h = h * self.window(length, h)
+                h = h * self.window(start, h)
             if self.config.filter_normalize:
                 h = h / h.abs().sum(-1, keepdim=True)
         return h.T
 
-    def window(self, length: int, like: Tensor) -> Tensor:
-        """exp(-t |delta|) + shift, [length, channels]; t runs from 0 to 1 over the whole filter."""
+    def window(self, start: int, h: Tensor) -> Tensor:
+        """exp(-t |delta|) + shift at the positions of h from `start` on, [n, channels]; t runs from 0 to 1 over the filter."""
         target = math.log(self.TARGET)
         slow, fast = target / self.SLOW, target / self.FAST
-        delta = torch.linspace(slow, fast, self.channels, dtype=like.dtype, device=like.device)
-        t = torch.arange(length, dtype=like.dtype, device=like.device)[:, None] / max(self.length - 1, 1)
+        delta = torch.linspace(slow, fast, self.channels, dtype=h.dtype, device=h.device)
+        t = torch.arange(start, start + len(h), dtype=h.dtype, device=h.device)[:, None] / max(self.length - 1, 1)
         return torch.exp(-t * delta.abs()) + self.config.filter_shift
 
     def positions(self) -> Tensor:

@@ -283,26 +283,112 @@ def lower_left(scores: Tensor, m: int) -> Tensor:
     return blocks[..., 1, :, :, 0, :].diagonal(dim1=-4, dim2=-2).movedim(-1, -3)
 
 
-def short_conv(x: Tensor, w: Tensor, b: Tensor | None, state: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
-    """y_t = b + sum_j w[:, W-1-j] x_{t-j}, one multiplication of the whole sequence a tap."""
+def short_conv(
+    x: Tensor, w: Tensor, b: Tensor | None, state: Tensor, cu_seqlens: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """y_t = b + sum_k w[:, W-1-k] x_{t-k}, one multiplication of the whole sequence a tap; y in `dtype`."""
     T, W = x.shape[1], w.shape[1]
     if cu_seqlens is None:
-        padded = torch.cat([state, x], 1)
-        taps = [padded[:, j : j + T] * w[:, j] for j in range(W)]
-        state = padded[:, T:].clone()  # a view would hold the whole sequence
-    else:
-        # Documents are laid out one after the other, each behind its own W - 1 inputs of state.
-        cu_seqlens = cu_seqlens.long()
-        token = torch.arange(T, device=x.device)
-        document = torch.searchsorted(cu_seqlens[1:], token, right=True)
-        slot = token + (document + 1) * (W - 1)
-        before = cu_seqlens[:-1, None] + torch.arange(len(state) * (W - 1), device=x.device).view(len(state), W - 1)
-        padded = x.new_zeros(T + before.numel(), x.shape[2])
-        padded = padded.index_copy(0, slot, x[0]).index_copy(0, before.flatten(), state.flatten(0, 1))
-        taps = [padded[None, slot - j] * w[:, W - 1 - j] for j in range(W)]
-        state = padded[before + cu_seqlens.diff()[:, None]]
-    y = sum(taps[1:], taps[0])
-    return y if b is None else y + b, state
+        if T == 1:
+            window = torch.cat([state, x], 1)
+            y = (window * w.T).sum(1, keepdim=True)
+            return (y if b is None else y + b).to(dtype), window[:, 1:]
+        if not torch.compiler.is_compiling():
+            return Taps.apply(x, w, b, state, dtype)
+        y, state = taps(x, w, b, state)  # the compiler fuses them itself
+        return y.to(dtype), state
+    # Documents are laid out one after the other, each behind its own W - 1 inputs of state.
+    x, state, cu_seqlens = x.to(w.dtype), state.to(w.dtype), cu_seqlens.long()
+    token = torch.arange(T, device=x.device)
+    document = torch.searchsorted(cu_seqlens[1:], token, right=True)
+    slot = token + (document + 1) * (W - 1)
+    before = cu_seqlens[:-1, None] + torch.arange(len(state) * (W - 1), device=x.device).view(len(state), W - 1)
+    padded = x.new_zeros(T + before.numel(), x.shape[2])
+    padded = padded.index_copy(0, slot, x[0]).index_copy(0, before.flatten(), state.flatten(0, 1))
+    y = sum((padded[None, slot - k] * w[:, W - 1 - k] for k in range(W)), x.new_zeros(()) if b is None else b)
+    return y.to(dtype), padded[before + cu_seqlens.diff()[:, None]]
+
+
+def taps(x: Tensor, w: Tensor, b: Tensor | None, state: Tensor) -> tuple[Tensor, Tensor]:
+    T, W = x.shape[1], w.shape[1]
+    padded = torch.cat([state, x], 1).to(w.dtype)
+    y = sum((padded[:, j : j + T] * w[:, j] for j in range(W)), x.new_zeros((), dtype=w.dtype) if b is None else b)
+    return y, padded[:, T:].clone()  # a view would hold the whole sequence
+
+
+class Taps(torch.autograd.Function):
+    """`taps` in pieces that stay in a cache from tap to tap, keeping its inputs and nothing else.
+
+    dx_t = sum_k w[:, W-1-k] dy_{t+k},   dw[:, W-1-k] = sum_t dy_t x_{t-k},   db = sum_t dy_t,   where x_{-k} is the state's.
+    """
+
+    NUMBERS = 1 << 22  # of a piece, 16 MB in float32
+
+    @staticmethod
+    def pieces(x: Tensor) -> Iterator[tuple[int, int]]:
+        size = max(Taps.NUMBERS // (x.shape[0] * x.shape[2]), 1)
+        return ((i, min(i + size, x.shape[1])) for i in range(0, x.shape[1], size))
+
+    @staticmethod
+    def behind(x: Tensor, state: Tensor, i: int, j: int, k: int) -> Iterator[tuple[slice, Tensor]]:
+        """The tokens k before those from i to j, and which of these they stand before: some of the state, some of x."""
+        middle = min(max(i, k), j)
+        if i < middle:
+            first = state.shape[1] - k
+            yield slice(0, middle - i), state[:, first + i : first + middle]
+        if middle < j:
+            yield slice(middle - i, j - i), x[:, middle - k : j - k]
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor, b: Tensor | None, state: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(x, w, b, state)
+        y, W = torch.empty_like(x, dtype=dtype), w.shape[1]
+        for i, j in Taps.pieces(x):
+            piece = x[:, i:j] * w[:, -1] if b is None else torch.addcmul(b, x[:, i:j], w[:, -1])
+            for k in range(1, W):
+                for part, earlier in Taps.behind(x, state, i, j, k):
+                    piece[:, part].addcmul_(earlier, w[:, W - 1 - k])
+            y[:, i:j] = piece
+        n = min(x.shape[1], W - 1)
+        return y, torch.cat([state[:, n:], x[:, x.shape[1] - n :]], 1)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor, dlast: Tensor) -> tuple[Tensor | None, ...]:
+        x, w, b, state = ctx.saved_tensors
+        needed = ctx.needs_input_grad[:4]
+        if torch.is_grad_enabled():  # for second derivatives, through the plain form
+            inputs = [z for z, wanted in zip((x, w, b, state), needed, strict=True) if wanted]
+            cotangents = dy.to(w.dtype), dlast.to(w.dtype)
+            found = iter(torch.autograd.grad(taps(x, w, b, state), inputs, cotangents, create_graph=True))
+            return *(next(found) if wanted else None for wanted in needed), None
+        T, W = x.shape[1], w.shape[1]
+        n = min(T, W - 1)  # inputs that are in the last state
+        dx = torch.empty_like(x) if needed[0] else None
+        dw = torch.zeros_like(w) if needed[1] else None
+        db = None if b is None or not needed[2] else dy.sum((0, 1), dtype=w.dtype).to(b.dtype)
+        for i, j in Taps.pieces(x):
+            if dx is not None:
+                piece = dy[:, i:j] * w[:, -1]
+                for k in range(1, min(W, T - i)):
+                    end = min(j, T - k)
+                    piece[:, : end - i].addcmul_(dy[:, i + k : end + k], w[:, W - 1 - k])
+                if (first := max(i, T - n)) < j:
+                    piece[:, first - i :] += dlast[:, first - T + W - 1 : j - T + W - 1]
+                dx[:, i:j] = piece
+            if dw is not None:
+                dy_piece = dy[:, i:j].to(w.dtype)
+                for k in range(W):
+                    for part, earlier in Taps.behind(x, state, i, j, k):
+                        dw[:, W - 1 - k] += (dy_piece[:, part] * earlier).sum((0, 1))
+        dstate = None
+        if needed[3]:
+            dstate = torch.zeros_like(state, dtype=w.dtype)
+            dstate[:, n:] = dlast[:, : W - 1 - n]
+            for k in range(1, W):
+                end = min(k, T)
+                dstate[:, W - 1 - k : W - 1 - k + end].addcmul_(dy[:, :end], w[:, W - 1 - k])
+            dstate = dstate.to(state.dtype)
+        return dx, dw, db, dstate, None
 
 
 def long_conv(p: Tensor, h: Tensor, history: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from hf_linear.ops.dispatch import check_filter, check_shape, check_state, compute_dtype, full_precision, needs_gradient
 
-BLOCK = 32  # within a block a direct dot is cheaper than FFTs of a few points
+BLOCK = 32  # within a block direct products are cheaper than FFTs of a few points
 
 
 def long_conv_ahead(h: Tensor, state: Tensor, t: int) -> Tensor:
@@ -16,7 +16,8 @@ def long_conv_ahead(h: Tensor, state: Tensor, t: int) -> Tensor:
     Columns s < t of the state are inputs p_s, columns s >= t sums over earlier inputs of h[:, s - r] p_r. A full state, t = C,
     doubles: all its inputs are convolved into the C columns that follow. So i = t - C / 2 tokens have come since, and whenever
     BLOCK divides i the last U inputs, U the lowest set bit of i, are convolved into the next U columns. Every pair of an
-    input and a later token meets once: in a doubling, in a tile, or in the direct dot within a block.
+    input and a later token meets once: in a doubling, in a tile, or within a block of BLOCK tokens, where `long_conv_step`
+    adds each input to the columns ahead.
 
     Args:
         h: [D, L], the filter; L >= 2 t, or all that the sequence will ever need.
@@ -61,8 +62,8 @@ def long_conv_step(u: Tensor, h: Tensor, skip: Tensor, gate: Tensor, state: Tens
         h: [D, L], L > t.
         skip: [D].
         gate: [B, D].
-        state: [B, D, C] float32 (float64 for float64 inputs), from `long_conv_ahead` for this token; p_t is written
-            into it.
+        state: [B, D, C] float32 (float64 for float64 inputs), from `long_conv_ahead` for this token. p_t is written into it,
+            and what it adds to the columns ahead in its block.
         t: the tokens before this one.
 
     Returns:
@@ -78,9 +79,10 @@ def long_conv_step(u: Tensor, h: Tensor, skip: Tensor, gate: Tensor, state: Tens
         raise ValueError(f"t must lie in the second half of the state's C = {C} columns, got {t}: call long_conv_ahead first")
     if needs_gradient(u, h, skip, gate, state):
         raise ValueError("long_conv_step must run without a gradient, got an input that requires one: take long_conv")
-    p = u.to(state.dtype) * gate.to(state.dtype)
-    ahead = state[..., t].clone()
-    state[..., t] = p
-    n = (t - C // 2) % BLOCK + 1
-    y = ahead + (state[..., t + 1 - n : t + 1] * h[:, :n].to(p.dtype).flip(-1)).sum(-1)
-    return (y + skip.to(p.dtype) * p).to(u.dtype)
+    p, ahead = u.to(state.dtype) * gate, state[..., t]
+    y = torch.addcmul(torch.addcmul(ahead, p, h[:, 0]), p, skip)
+    ahead.copy_(p)
+    end = min(t + BLOCK - (t - C // 2) % BLOCK, C)
+    if t + 1 < end:
+        state[..., t + 1 : end].addcmul_(p[..., None], h[:, 1 : end - t])
+    return y.to(u.dtype)

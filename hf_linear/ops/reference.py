@@ -53,8 +53,10 @@ def linear_attention(
     return gated_linear_attention(q, k, v, g[..., None], scale, state, cu_seqlens)
 
 
-def short_conv(x: Tensor, w: Tensor, b: Tensor | None, state: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
-    """y_t = b + sum_j w[:, W-1-j] x_{t-j}; the state is the last W - 1 inputs, oldest first."""
+def short_conv(
+    x: Tensor, w: Tensor, b: Tensor | None, state: Tensor, cu_seqlens: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """y_t = b + sum_j w[:, W-1-j] x_{t-j} in `dtype`; the state is the last W - 1 inputs, oldest first."""
 
     def recurrence(x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         y = []
@@ -62,8 +64,9 @@ def short_conv(x: Tensor, w: Tensor, b: Tensor | None, state: Tensor, cu_seqlens
             window = torch.cat([state, x_t[:, None]], 1)  # [B, W, D]
             y.append((window * w.T).sum(1) if b is None else (window * w.T).sum(1) + b)
             state = window[:, 1:]
-        return torch.stack(y, 1), state
+        return torch.stack(y, 1).to(dtype), state
 
+    x, state, b = x.to(w.dtype), state.to(w.dtype), None if b is None else b.to(w.dtype)
     return by_document(recurrence, [x], state, cu_seqlens)
 
 

@@ -43,7 +43,7 @@ def short_conv(
         initial_state: the last W - 1 inputs, oldest first, [B, W - 1, D] in x's dtype, zeros when None; [N, W - 1, D] with
             `cu_seqlens`.
         cu_seqlens: [N + 1] int32 or int64, the boundaries of N documents packed in one row (B = 1).
-        backend: "reference" token by token, "chunked" tap by tap, "auto" by T. A named backend is used or raises.
+        backend: "reference" token by token, "chunked" tap by tap, which is "auto". A named backend is used or raises.
 
     Returns:
         y [B, T, D] in x's dtype, and the final state, shaped and typed as `initial_state`.
@@ -70,6 +70,9 @@ def short_conv(
         initial_state = x.new_zeros(shape)
     check_state("initial_state", initial_state, "[B, W - 1, D] (packed: [N, W - 1, D])", shape, x.dtype)
     dtype = compute_dtype(x)
-    inputs = (x.to(dtype), w.to(dtype), None if b is None else b.to(dtype), initial_state.to(dtype), cu_seqlens)
-    y, state = run(IMPLEMENTATIONS, backend, T, *inputs)
+    if backend == "auto":
+        backend = "chunked"  # there, one token takes fewer passes than here by its recurrence
+    # x and b stay as narrow as they are: what they meet is wide.
+    inputs = x, w.to(dtype), b, initial_state, cu_seqlens
+    y, state = run(IMPLEMENTATIONS, backend, T, *inputs, x.dtype if activation is None else dtype)
     return (F.silu(y) if activation == "silu" else y).to(x.dtype), state.to(x.dtype)
