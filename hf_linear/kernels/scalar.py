@@ -142,8 +142,8 @@ class Blocks:
             outputs_kernel, (cdiv(out_width, tile["BO"]), self.layout.blocks, self.H),
             (self.signature, later, transposed, far is not None),
             (
-                x, w, pairs, y, out, self.decays, x if own is None else own, self.decays if far is None else far, self.layout.table,
-                self.scale, *self.sizes, self.tokens,
+                x, w, pairs, y, out, self.decays, x if own is None else own, self.decays if far is None else far,
+                self.layout.table, self.scale, *self.sizes, self.tokens,
             ),
             lambda: {
                 "IN": width, "INP": padded(width), "OUT": out_width, "OUTP": padded(out_width), **kind, **self.common, **tile,

@@ -6,7 +6,7 @@
     dk = exp(P_end - P) v dS^T + dA^T q
     dv = exp(P_end - P) k dS   + A^T do
 
-A and dA are made once, not for every tile of channels. The other four are one kernel, out = from x W + M y; dS carries the scale.
+A and dA are made once, not for every tile of channels. The rest is one kernel, out = from x W + M y; dS carries the scale.
 """
 
 from __future__ import annotations
