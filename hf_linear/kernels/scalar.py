@@ -12,7 +12,7 @@ from torch import Tensor
 from hf_linear.kernels.launch import cdiv, launch, product_precision, ready
 from hf_linear.kernels.layout import BLOCK, make_layout, row_segments
 from hf_linear.kernels.scalar_decays import WIDTH, decay_gradient_kernel, decays_kernel
-from hf_linear.kernels.scalar_outputs import outputs_kernel, pairs_kernel
+from hf_linear.kernels.scalar_outputs import outputs_kernel
 from hf_linear.kernels.scalar_states import scan_kernel, states_kernel
 
 
@@ -24,7 +24,7 @@ def forward(
     final = run.new_state(initial_state)
     states = run.new_states()
     run.walk((run.k, run.v, states, initial_state, final))
-    return run.outputs(run.q, states, run.pairs(run.q, run.k), run.v), final
+    return run.outputs(run.q, states, run.k, run.v), final
 
 
 def backward(
@@ -45,13 +45,11 @@ def backward(
     states, d_states, d_initial = run.new_states(), run.new_states(), run.new_state(d_final)
     run.walk((k, v, states, initial_state, None), (q, do, d_states, d_final, d_initial))
     read, left = (run.new_parts(), run.new_parts()) if needs_dg else (None, None)
-    pairs = run.pairs(do, v)
-    dq = run.outputs(do, states, pairs, k, transposed=True, far=read, own=q)
+    dq = run.outputs(do, states, v, k, transposed=True, far=read, own=q)
     if not needs_dg:
         del states  # before dk and dv take memory
-    dk = run.outputs(v, d_states, pairs, q, later=True, transposed=True, far=left, own=k)
-    del pairs
-    dv = run.outputs(k, d_states, run.pairs(q, k), do, later=True)
+    dk = run.outputs(v, d_states, do, q, later=True, transposed=True, far=left, own=k)
+    dv = run.outputs(k, d_states, q, do, later=True)
     dg = run.decay_gradient(do, states, d_states, read, left) if needs_dg else None
     return dq, dk, dv, dg, d_initial
 
@@ -119,19 +117,8 @@ class Blocks:
                     (between, passed, layout.rows, parts, H), lambda: {"SIZE": K * V, "TILE": SCAN_TILE},
                 )  # fmt: skip
 
-    def pairs(self, x: Tensor, z: Tensor) -> Tensor:
-        """scale D * x z^T: see `scalar_outputs`."""
-        pairs = x.new_empty(self.layout.blocks, self.H, BLOCK.value, BLOCK.value)
-        width = x.shape[-1]
-        launch(
-            pairs_kernel, (self.layout.blocks, self.H), (self.signature, width),
-            (x, z, pairs, self.decays, self.layout.table, self.scale, *self.sizes),
-            lambda: {"IN": width, "INP": padded(width), **self.common, **pairs_tile(x.dtype)},
-        )  # fmt: skip
-        return pairs
-
     def outputs(
-        self, x: Tensor, w: Tensor, pairs: Tensor, y: Tensor, later: bool = False, transposed: bool = False,
+        self, x: Tensor, w: Tensor, z: Tensor, y: Tensor, later: bool = False, transposed: bool = False,
         far: Tensor | None = None, own: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """A tensor like y: see `scalar_outputs`."""
@@ -139,11 +126,11 @@ class Blocks:
         tile = output_tile(y.dtype, out_width)
         kind = {"LATER": later, "TRANSPOSED": transposed, "FAR": far is not None}
         launch(
-            outputs_kernel, (cdiv(out_width, tile["BO"]), self.layout.blocks, self.H),
+            outputs_kernel, (cdiv(out_width, tile["BO"]), self.layout.blocks * (BLOCK.value // tile["ROWS"]), self.H),
             (self.signature, later, transposed, far is not None),
             (
-                x, w, pairs, y, out, self.decays, x if own is None else own, self.decays if far is None else far,
-                self.layout.table, self.scale, *self.sizes, self.tokens,
+                x, w, z, y, out, self.decays, x if own is None else own, self.decays if far is None else far, self.layout.table,
+                self.scale, *self.sizes, self.tokens,
             ),
             lambda: {
                 "IN": width, "INP": padded(width), "OUT": out_width, "OUTP": padded(out_width), **kind, **self.common, **tile,
@@ -181,14 +168,8 @@ def walk_tile(dtype: torch.dtype, KP: int, VP: int) -> dict[str, int]:
 
 def output_tile(dtype: torch.dtype, width: int) -> dict[str, int]:
     if dtype == torch.float32:
-        return {"BI": 32, "BO": 64, "num_warps": 8, "num_stages": 1}
-    return {"BI": 64, "BO": 128 if width > 64 else 64, "num_warps": 8, "num_stages": 3}
-
-
-def pairs_tile(dtype: torch.dtype) -> dict[str, int]:
-    if dtype == torch.float32:
-        return {"BI": 32, "num_warps": 8, "num_stages": 1}
-    return {"BI": 64, "num_warps": 8, "num_stages": 3}
+        return {"ROWS": 128, "BI": 32, "BO": 64, "num_warps": 8, "num_stages": 1}
+    return {"ROWS": 128, "BI": 64, "BO": 128 if width > 64 else 64, "num_warps": 8, "num_stages": 3}
 
 
 def gradient_tile(dtype: torch.dtype) -> dict[str, int]:
