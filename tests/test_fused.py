@@ -1,6 +1,8 @@
 """The fused passes between a model's products: the elementwise kernels against PyTorch in float64, and models that use them
 against models that do not, adapters included. Without a GPU in Triton's interpreter; bfloat16 on a GPU alone."""
 
+import statistics
+
 import pytest
 import torch
 from families import CONFIGS, ids, tiny_model
@@ -188,17 +190,21 @@ def test_models_fused_and_not(name, fuse):
 
 @pytest.mark.parametrize("name", ["gla", "gla-conv-kv-phi", "retnet", "linear-relu-kv", "hybrid-rope"])
 def test_autocast_models_fused_and_not(name, fuse):
-    """Weights in float32, products in half precision: an error against full precision at most twice the plain model's."""
+    """Weights in float32, products in half precision: an error against full precision at most twice the plain model's.
+
+    A single gradient of the plain model may come out more exact than its others by chance; then twice their median is allowed.
+    """
     results = []
     for on, autocast in ((True, True), (False, True), (False, False)):
         fuse(on)
         model = tiny_model(name, dtype=torch.float32).to(DEVICE)
         with torch.autocast(DEVICE, torch.float16, enabled=autocast):
             results.append(gradients(model))
-    for found, plain, exact in zip(*results, strict=True):
-        exact = exact.double()
-        assert found.dtype == torch.float32
-        assert distance(found, exact) <= 2 * distance(plain, exact) + 2**-11  # the loss alone may come out exact by chance
+    found, plain, exact = results
+    usual = statistics.median(distance(x, z.double()) for x, z in zip(plain, exact, strict=True))
+    for x, y, z in zip(found, plain, exact, strict=True):
+        assert x.dtype == torch.float32
+        assert distance(x, z.double()) <= 2 * max(distance(y, z.double()), usual)
 
 
 @pytest.mark.parametrize("name", ["gla", "gla-conv-kv-phi", "retnet", "linear-relu-kv"])

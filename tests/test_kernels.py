@@ -113,6 +113,23 @@ def test_a_row_in_segments(bounds, kind):
     assert_as_exact_as_chunked(inputs, d_outputs, cu_seqlens)
 
 
+def test_the_table_of_many_documents():
+    from hf_linear.kernels.layout import make_layout
+
+    lengths = torch.randint(0, 400, (300,), generator=torch.Generator().manual_seed(0))
+    lengths[7] = 128 * 200  # more blocks than are written at a time
+    bounds = F.pad(lengths.cumsum(0), (1, 0))
+    rows = [
+        [start + i, min(128, length - i), n, (i == 0) + 2 * (i + 128 >= length)]
+        for n, (start, length) in enumerate(zip(bounds.tolist(), lengths.tolist(), strict=False))
+        for i in range(0, length, 128)
+    ]
+    layout = make_layout(1, int(bounds[-1]), bounds.to(DEVICE))
+    table = layout.table.tolist()
+    assert table[: len(rows)] == rows
+    assert table[len(rows) :] == [[0] * 4] * (layout.row_blocks - len(rows))
+
+
 @kinds
 def test_any_memory_layout(kind):
     """Transposed, expanded and sliced inputs, as projections and views hand them over."""

@@ -15,6 +15,7 @@ BLOCK = tl.constexpr(128)
 BLOCKS_A_SEGMENT = 4  # at least: shorter ones spend more on their states than they gain
 # Of a block in the table of packed documents: first token, tokens, document, 1 if first + 2 if last of it.
 FIELDS = tl.constexpr(4)
+TABLE_TILE = tl.constexpr(128)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,23 +70,27 @@ def row_segments(layout: Layout, programs: int, device: torch.device) -> tuple[i
 def table_kernel(cu_seqlens, table, documents, blocks):
     """Program n writes the blocks of document n; the last program marks the blocks behind all documents as empty."""
     n = tl.program_id(0)
+    step = tl.arange(0, TABLE_TILE)
     begin = 0
-    for i in range(n):
-        begin += tl.cdiv(tl.load(cu_seqlens + i + 1) - tl.load(cu_seqlens + i), BLOCK).to(tl.int32)
+    for i0 in range(0, n, TABLE_TILE):
+        at = cu_seqlens + i0 + step
+        inside = i0 + step < n
+        lengths = tl.load(at + 1, inside, 0) - tl.load(at, inside, 0)
+        begin += tl.sum(tl.cdiv(lengths, BLOCK).to(tl.int32), 0)
     if n == documents:
-        for block in range(begin, blocks):
-            for field in tl.static_range(FIELDS):
-                tl.store(table + block * FIELDS + field, 0)
+        for i0 in range(begin * FIELDS, blocks * FIELDS, TABLE_TILE):
+            tl.store(table + i0 + step, 0, i0 + step < blocks * FIELDS)
     else:
         start = tl.load(cu_seqlens + n).to(tl.int32)
         length = tl.load(cu_seqlens + n + 1).to(tl.int32) - start
         count = tl.cdiv(length, BLOCK)
-        for i in range(count):
-            to = table + (begin + i) * FIELDS
-            tl.store(to, start + i * BLOCK)
-            tl.store(to + 1, tl.minimum(length - i * BLOCK, BLOCK))
-            tl.store(to + 2, n)
-            tl.store(to + 3, tl.where(i == 0, 1, 0) + tl.where(i == count - 1, 2, 0))
+        for i0 in range(0, count, TABLE_TILE):
+            i = i0 + step
+            to, inside = table + (begin + i) * FIELDS, i < count
+            tl.store(to, start + i * BLOCK, inside)
+            tl.store(to + 1, tl.minimum(length - i * BLOCK, BLOCK), inside)
+            tl.store(to + 2, n, inside)
+            tl.store(to + 3, tl.where(i == 0, 1, 0) + tl.where(i == count - 1, 2, 0), inside)
 
 
 @triton.jit
