@@ -22,7 +22,7 @@ from transformers.modeling_layers import (
     GenericForTokenClassification,
     GradientCheckpointingLayer,
 )
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
@@ -40,8 +40,9 @@ from hf_linear.inputs import (
 from hf_linear.mixers import MIXERS
 from hf_linear.mixers.attention import Attention
 from hf_linear.mixers.hyena import HyenaFilter
-from hf_linear.modules.loss import linear_cross_entropy
+from hf_linear.modules.loss import linear_cross_entropy, share_of_labels
 from hf_linear.modules.mlp import GatedMLP
+from hf_linear.modules.moe import Experts, SparseMLP, TopKRouter, load_balancing_loss
 from hf_linear.modules.norm import RMSNorm, add_norm
 from hf_linear.modules.rotary import ROPE_TYPES
 
@@ -59,10 +60,24 @@ class LinearConfig(PreTrainedConfig):
         layer_types: Transformers' words for the mixers; follows from `mixers`, and stands in for it when given alone.
         fuse_linear_cross_entropy: in training with labels, compute the loss without ever holding the logits of all tokens. The
             output then has none: Trainer needs them in evaluation alone, where they are there as ever.
+        mlp_layer_types: "dense" or "sparse" for each layer: an MLP, or a mixture of experts in its place. None for dense
+            layers, and for sparse ones where `num_experts` is given.
+        num_experts: experts of a sparse layer; answers to `num_local_experts` too.
+        num_experts_per_tok: experts that a token goes through.
+        moe_intermediate_size: width of an expert; None for intermediate_size.
+        norm_topk_prob: whether the weights of a token's experts add up to 1 (Mixtral), or are their probabilities among all
+            (Jamba).
+        num_shared_experts: experts that every token goes through besides.
+        output_router_logits: return the routers' logits, and add the load-balancing loss to that of the labels.
+        router_aux_loss_coef: what the load-balancing loss is multiplied by.
     """
 
-    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "cache"]
-    attribute_map: ClassVar[dict[str, str]] = {"num_attention_heads": "num_heads", "num_key_value_heads": "num_kv_heads"}
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "cache", "aux_loss", "router_logits"]
+    attribute_map: ClassVar[dict[str, str]] = {
+        "num_attention_heads": "num_heads",
+        "num_key_value_heads": "num_kv_heads",
+        "num_local_experts": "num_experts",
+    }
     mixer: ClassVar[str]
     presets: ClassVar[dict[str, dict[str, Any]]] = {}
     # Fields of flash-linear-attention that are none of ours, each with the one value that means what our models compute.
@@ -91,6 +106,14 @@ class LinearConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = 2
     tie_word_embeddings: bool = False
     fuse_linear_cross_entropy: bool = False
+    mlp_layer_types: list[str] | None = None
+    num_experts: int = 0
+    num_experts_per_tok: int = 2
+    moe_intermediate_size: int | None = None
+    norm_topk_prob: bool = True
+    num_shared_experts: int = 0
+    output_router_logits: bool = False
+    router_aux_loss_coef: float | int = 0.001
 
     def __post_init__(self, **kwargs: Any) -> None:
         self.check_names(kwargs)
@@ -106,6 +129,7 @@ class LinearConfig(PreTrainedConfig):
         self.check_least(**dict.fromkeys(sizes, 1))
         self.check_choice("hidden_act", ACT2FN)
         self.set_layers()
+        self.set_experts()
         no_positions = self.rope_parameters is None and "rope_theta" not in kwargs and "rope_scaling" not in kwargs
         super().__post_init__(**kwargs)
         if no_positions:  # the base class reads None as its default rotary positions
@@ -197,6 +221,42 @@ class LinearConfig(PreTrainedConfig):
                 "set it, or take attention layers"
             )
 
+    def set_experts(self) -> None:
+        """Fill `mlp_layer_types` and `moe_intermediate_size`, and check what sparse layers are made of."""
+        if self.mlp_layer_types is None:
+            self.mlp_layer_types = ["sparse" if self.num_experts else "dense"] * self.num_hidden_layers
+        unknown = sorted(set(self.mlp_layer_types) - {"dense", "sparse"})
+        if unknown:
+            raise ValueError(
+                f"mlp_layer_types must be of ['dense', 'sparse'], got {unknown}: what mixes tokens is named in `mixers`"
+            )
+        if len(self.mlp_layer_types) != self.num_hidden_layers:
+            raise ValueError(
+                f"mlp_layer_types must name one for each of num_hidden_layers = {self.num_hidden_layers}, "
+                f"got {len(self.mlp_layer_types)}: add the missing, or change num_hidden_layers"
+            )
+        if self.moe_intermediate_size is None:
+            self.moe_intermediate_size = self.intermediate_size
+        self.check_least(num_experts=0, num_shared_experts=0, moe_intermediate_size=1, router_aux_loss_coef=0)
+        if "sparse" not in self.mlp_layer_types:
+            return
+        if self.num_experts < 1:
+            raise ValueError(
+                f"num_experts must be 1 or more for sparse layers, got {self.num_experts}: "
+                "set it, or make mlp_layer_types dense"
+            )
+        for name in ("hidden_size", "moe_intermediate_size"):
+            if getattr(self, name) % 8:
+                raise ValueError(
+                    f"{name} must be a multiple of 8 for sparse layers, got {getattr(self, name)}: "
+                    "grouped products read rows of 16 bytes, round it up"
+                )
+        if not 1 <= self.num_experts_per_tok <= self.num_experts:
+            raise ValueError(
+                f"num_experts_per_tok must be from 1 to num_experts = {self.num_experts}, got {self.num_experts_per_tok}: "
+                "change either"
+            )
+
     def check_rope(self) -> None:
         rope = self.rope_parameters
         if rope is None or set(self.layer_types or []) <= {"linear_attention"}:
@@ -246,6 +306,7 @@ class LinearPreTrainedModel(PreTrainedModel):
     _can_record_outputs: ClassVar[dict[str, Any]] = {
         "hidden_states": DecoderLayer,
         "attentions": OutputRecorder(Attention, index=1),
+        "router_logits": OutputRecorder(TopKRouter, index=0),
     }
     norm_class: ClassVar[type[nn.Module]] = RMSNorm
     mlp_class: ClassVar[type[nn.Module]] = GatedMLP
@@ -262,6 +323,13 @@ class LinearPreTrainedModel(PreTrainedModel):
             init.copy_(module.z, module.positions())
             init.constant_(module.freq, module.config.activation_freq)
             init.normal_(module.skip)
+        if isinstance(module, Experts):  # parameters that are no Linear's
+            init.normal_(module.gate_up_proj, std=self.config.initializer_range)
+            init.normal_(module.down_proj, std=self.config.initializer_range)
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        return True  # Transformers looks for the interface in the source of a family's file: it is in modules/moe.py
 
 
 class LinearModel(LinearPreTrainedModel):
@@ -270,8 +338,9 @@ class LinearModel(LinearPreTrainedModel):
     def __init__(self, config: LinearConfig):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
-        layers = (DecoderLayer(config, i, m, self.norm_class, self.mlp_class) for i, m in enumerate(config.mixers or []))
-        self.layers = nn.ModuleList(layers)
+        mlps = [SparseMLP if kind == "sparse" else self.mlp_class for kind in config.mlp_layer_types or []]
+        layers = zip(config.mixers or [], mlps, strict=True)
+        self.layers = nn.ModuleList(DecoderLayer(config, i, m, self.norm_class, mlp) for i, (m, mlp) in enumerate(layers))
         self.norm = self.norm_class(config.hidden_size, eps=config.norm_eps)
         self.gradient_checkpointing = False
         self._keep_in_fp32_modules_strict = {name for m in config.mixers or [] for name in MIXERS[m].float32_modules}
@@ -289,7 +358,7 @@ class LinearModel(LinearPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         **kwargs: Any,
-    ) -> BaseModelOutputWithPast:
+    ) -> MoeModelOutputWithPast:
         """Hidden states of a batch, of a padded batch, or of documents packed in one row.
 
         Args:
@@ -327,7 +396,7 @@ class LinearModel(LinearPreTrainedModel):
                 **{CACHE_NAME: past_key_values},
                 **kwargs,
             )
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(x), **{CACHE_NAME: past_key_values})
+        return MoeModelOutputWithPast(last_hidden_state=self.norm(x), **{CACHE_NAME: past_key_values})
 
     def make_masks(
         self, x: Tensor, attention_mask: Tensor | dict | None, position_ids: Tensor, past_key_values: Cache | None
@@ -380,10 +449,11 @@ class LinearForCausalLM(LinearPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
-    ) -> CausalLMOutputWithPast:
+    ) -> MoeCausalLMOutputWithPast:
         """Logits [B, T, vocab_size], and the loss for `labels` [B, T] (-100 where none is wanted).
 
-        In training, `config.fuse_linear_cross_entropy` gives the loss alone.
+        In training, `config.fuse_linear_cross_entropy` gives the loss alone. `output_router_logits`, here or in the config,
+        adds the load-balancing loss of sparse layers.
         """
         outputs = self.model(
             input_ids=input_ids,
@@ -394,22 +464,40 @@ class LinearForCausalLM(LinearPreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             **kwargs,
         )
-        loss = logits = None
+        loss = logits = aux_loss = None
+        known = {name: kwargs.get(name) for name in ("num_items_in_batch", "shift_labels")}
         if labels is not None and self.training and self.config.fuse_linear_cross_entropy:
-            known = {name: kwargs.get(name) for name in ("num_items_in_batch", "shift_labels")}
             loss = linear_cross_entropy(outputs.last_hidden_state, self.lm_head, labels, **known)
         else:
             keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.lm_head(outputs.last_hidden_state[:, keep])
             if labels is not None:
                 loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        return CausalLMOutputWithPast(
+        if outputs.router_logits:
+            aux_loss = self.load_balancing_loss(outputs, attention_mask)
+            if loss is not None and labels is not None:
+                loss = loss + self.config.router_aux_loss_coef * share_of_labels(labels, **known) * aux_loss.to(loss.device)
+        return MoeCausalLMOutputWithPast(
             loss=loss,
+            aux_loss=aux_loss,
             logits=logits,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            router_logits=outputs.router_logits,
             **{CACHE_NAME: getattr(outputs, CACHE_NAME)},
         )
+
+    def load_balancing_loss(self, outputs: MoeModelOutputWithPast, attention_mask: Tensor | dict | None) -> Tensor:
+        x = outputs.last_hidden_state
+        routed = any(logits.requires_grad for logits in outputs.router_logits)
+        if self.model.gradient_checkpointing and x.requires_grad and not routed:
+            raise ValueError(
+                "router logits must carry gradients for their loss to teach, got those of reentrant gradient checkpointing: "
+                "pass gradient_checkpointing_kwargs={'use_reentrant': False}"
+            )
+        real = attention_mask if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2 else None
+        real = x.new_ones(x.shape[:2]) if real is None else real[:, -x.shape[1] :]
+        return load_balancing_loss(outputs.router_logits, self.config.num_experts_per_tok, real)
 
     def create_masks_for_generate(
         self, inputs_embeds: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, **kwargs: Any

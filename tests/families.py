@@ -42,6 +42,13 @@ EVERY_MIXER = {
     "mixer_options": {"gla": {"use_short_conv": True}, "hyena": SMALL_HYENA},
     **SLIDING,
 }
+SPARSE = {
+    "pattern": "GA",
+    "mlp_layer_types": ["sparse", "dense"],
+    "num_experts": 5,
+    "moe_intermediate_size": 24,
+    "num_shared_experts": 1,
+}
 
 # name: model type as in the Auto classes, and what the config says beyond TINY
 CONFIGS: dict[str, tuple[str, dict]] = {
@@ -65,6 +72,7 @@ CONFIGS: dict[str, tuple[str, dict]] = {
     "hybrid-nope": ("linear_hybrid", {"pattern": "GGGA", "num_hidden_layers": 4, "num_kv_heads": 1}),
     "hybrid-sliding": ("linear_hybrid", {"pattern": "RS", "mixer_options": {"retention": TORCHSCALE}, **SLIDING}),
     "hybrid-every-mixer": ("linear_hybrid", EVERY_MIXER),
+    "hybrid-sparse": ("linear_hybrid", SPARSE),
 }
 FAMILIES = {"gla": "GLA", "retnet": "RetNet", "linear_attention": "LinearAttention", "hyena": "Hyena"}
 FAMILIES["linear_hybrid"] = "LinearHybrid"

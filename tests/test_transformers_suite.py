@@ -30,8 +30,8 @@ from transformers.trainer_pt_utils import LabelSmoother
 from hf_linear.decoder import LinearPreTrainedModel
 from hf_linear.mixers.hyena import HyenaFilter
 
-NAMES = ["gla", "gla-conv-kv-phi", "retnet", "linear-elu", "hyena", "hybrid-rope", "hybrid-sliding"]
-ATTENTION = ["hybrid-rope", "hybrid-sliding"]
+NAMES = ["gla", "gla-conv-kv-phi", "retnet", "linear-elu", "hyena", "hybrid-rope", "hybrid-sliding", "hybrid-sparse"]
+ATTENTION = ["hybrid-rope", "hybrid-sliding", "hybrid-sparse"]
 HEADS = {
     "Model": (AutoModel, "MODEL_MAPPING_NAMES"),
     "ForCausalLM": (AutoModelForCausalLM, "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES"),

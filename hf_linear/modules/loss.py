@@ -53,6 +53,19 @@ def linear_cross_entropy(
     return total / (num_items_in_batch if isinstance(num_items_in_batch, int) else num_items_in_batch.to(total.device))
 
 
+def share_of_labels(
+    labels: Tensor, num_items_in_batch: Tensor | int | None = None, shift_labels: Tensor | None = None
+) -> Tensor | float:
+    """The part of a batch's labels that are here: 1 unless it is accumulated, and `num_items_in_batch` counts them all.
+
+    A loss that is no sum over labels is weighted by it, so that it counts once a batch, however many pieces that comes in.
+    """
+    if num_items_in_batch is None:
+        return 1.0
+    here = (labels[:, 1:] if shift_labels is None else shift_labels) != IGNORED
+    return here.sum() / num_items_in_batch
+
+
 def chunk_loss(x: Tensor, head: nn.Module, targets: Tensor) -> Tensor:
     logits = head(x)
     return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets, reduction="sum")

@@ -10,11 +10,12 @@ from hf_linear.modules.projections import project
 class GatedMLP(nn.Module):
     """down(act(gate(x)) * up(x)), SwiGLU for hidden_act "silu" (arXiv 2002.05202)."""
 
-    def __init__(self, config):
+    def __init__(self, config, intermediate_size: int | None = None):
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        intermediate_size = intermediate_size or config.intermediate_size
+        self.gate_proj = nn.Linear(config.hidden_size, intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, intermediate_size, bias=False)
+        self.down_proj = nn.Linear(intermediate_size, config.hidden_size, bias=False)
         self.act = ACT2FN[config.hidden_act]
         self.is_swiglu = config.hidden_act in ("silu", "swish")
 
