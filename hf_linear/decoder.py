@@ -40,6 +40,7 @@ from hf_linear.inputs import (
 from hf_linear.mixers import MIXERS
 from hf_linear.mixers.attention import Attention
 from hf_linear.mixers.hyena import HyenaFilter
+from hf_linear.mixers.mamba import Mamba
 from hf_linear.modules.loss import linear_cross_entropy, share_of_labels
 from hf_linear.modules.mlp import GatedMLP
 from hf_linear.modules.moe import Experts, SparseMLP, TopKRouter, load_balancing_loss
@@ -323,7 +324,11 @@ class LinearPreTrainedModel(PreTrainedModel):
             init.copy_(module.z, module.positions())
             init.constant_(module.freq, module.config.activation_freq)
             init.normal_(module.skip)
-        if isinstance(module, Experts):  # parameters that are no Linear's
+        elif isinstance(module, Mamba):
+            init.copy_(module.A_log, module.initial_A_log(module.D.numel()))
+            init.ones_(module.D)
+            init.copy_(module.dt_proj.bias, module.initial_dt_bias())
+        elif isinstance(module, Experts):  # parameters that are no Linear's
             init.normal_(module.gate_up_proj, std=self.config.initializer_range)
             init.normal_(module.down_proj, std=self.config.initializer_range)
 

@@ -35,10 +35,18 @@ TORCHSCALE = {
     "retention_norm": "decay",
 }
 SMALL_HYENA = {"filter_order": 16, "filter_emb_dim": 5}
+JAMBA = {
+    "inner_layernorms": True,
+    "state_size": 6,
+    "conv_kernel": 3,
+    "time_step_rank": 5,
+    "use_conv_bias": False,
+    "use_bias": True,
+}
 SLIDING = {"sliding_window": 8, "rope_parameters": ROPE}
 EVERY_MIXER = {
-    "pattern": "GRLHAS",
-    "num_hidden_layers": 6,
+    "pattern": "GRLHMAS",
+    "num_hidden_layers": 7,
     "mixer_options": {"gla": {"use_short_conv": True}, "hyena": SMALL_HYENA},
     **SLIDING,
 }
@@ -71,6 +79,8 @@ CONFIGS: dict[str, tuple[str, dict]] = {
     "hybrid-rope": ("linear_hybrid", {"pattern": "GGGA", "num_hidden_layers": 4, "rope_parameters": ROPE}),
     "hybrid-nope": ("linear_hybrid", {"pattern": "GGGA", "num_hidden_layers": 4, "num_kv_heads": 1}),
     "hybrid-sliding": ("linear_hybrid", {"pattern": "RS", "mixer_options": {"retention": TORCHSCALE}, **SLIDING}),
+    "hybrid-mamba": ("linear_hybrid", {"pattern": "MMA", "num_hidden_layers": 3}),
+    "hybrid-jamba": ("linear_hybrid", {"pattern": "MMMA", "num_hidden_layers": 4, "mixer_options": {"mamba": JAMBA}}),
     "hybrid-every-mixer": ("linear_hybrid", EVERY_MIXER),
     "hybrid-sparse": ("linear_hybrid", SPARSE),
 }

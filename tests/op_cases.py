@@ -89,6 +89,34 @@ def closed_short_conv(
     return y, torch.cat([before, x], 1)[:, T:]
 
 
+def closed_selective_scan(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    dt_softplus: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """y_t = sum_{s <= t} C_t . (exp((dt_{s+1} + ... + dt_t) A) B_s) dt_s x_s; the initial state is one term more."""
+    dt = dt if dt_bias is None else dt + dt_bias
+    dt = torch.log1p(torch.exp(dt)) if dt_softplus else dt
+    g = dt.movedim(1, -1)[:, :, None] * A[..., None]  # [B, D, N, T]
+    T = x.shape[1]
+    decay = torch.where(torch.ones(T, T).tril().bool(), segment_sums(g).exp(), 0.0)  # [B, D, N, t, s]
+    from_start = prefix_sums(g).exp()
+    y = torch.einsum("btn,bdnts,bsn,bsd->btd", C, decay, B, dt * x)
+    state = torch.einsum("bdns,bsn,bsd->bdn", decay[..., -1, :], B, dt * x)
+    if initial_state is not None:
+        y = y + torch.einsum("btn,bdnt,bdn->btd", C, from_start, initial_state)
+        state = state + from_start[..., -1] * initial_state
+    y = y if D is None else y + D * x
+    return y if z is None else y * z / (1 + torch.exp(-z)), state
+
+
 def closed_long_conv(
     u: Tensor,
     h: Tensor,
@@ -167,6 +195,16 @@ def sample_long_conv(n: Sizes, decay: str, generator: torch.Generator, *, gated:
     return randn(shapes | ({"skip": (n.D,), "pre_gate": tokens, "post_gate": tokens} if gated else {}), generator)
 
 
+def sample_selective_scan(n: Sizes, decay: str, generator: torch.Generator, *, full: bool) -> Inputs:
+    """With a plain step size the decays are those of the other ops; with a softplus around it they spread by themselves."""
+    tokens, numbers = (n.B, n.T, n.D), (n.B, n.T, n.V)
+    inputs = randn({"x": tokens, "dt": tokens, "B": numbers, "C": numbers, "initial_state": (n.N, n.D, n.V)}, generator)
+    inputs["A"] = -0.5 - torch.rand(n.D, n.V, generator=generator)
+    if full:
+        return inputs | randn({"D": (n.D,), "z": tokens, "dt_bias": (n.D,)}, generator)
+    return inputs | {"dt": -log_decay(decay, tokens, generator)}
+
+
 @dataclass(frozen=True)
 class Case:
     """One op, how to sample it and what it must equal.
@@ -232,6 +270,8 @@ class Case:
         if "q" in inputs:
             shape = (1, *inputs["k"].shape[2:], inputs["v"].shape[-1])
             return torch.zeros(shape, dtype=torch.promote_types(inputs["q"].dtype, torch.float32))
+        if "A" in inputs:
+            return torch.zeros(1, *inputs["A"].shape, dtype=torch.promote_types(inputs["x"].dtype, torch.float32))
         return inputs["x"].new_zeros(1, inputs["w"].shape[1] - 1, inputs["x"].shape[2])
 
     def document_by_document(self, cu_seqlens: list[int], backend: str) -> Function:
@@ -280,6 +320,14 @@ def short_conv_case(name: str, W: int, bias: bool, activation: str | None) -> Ca
     return Case(name, ops.short_conv, closed_short_conv, sampler, {"x": 1}, options)
 
 
+def selective_scan_case(name: str, full: bool) -> Case:
+    time = dict.fromkeys(("x", "dt", "B", "C", *(["z"] if full else [])), 1)
+    float32 = ("A", "D", "dt_bias", "initial_state")
+    options, decays = ({"dt_softplus": True}, ("1",)) if full else ({}, DECAYS[1:])
+    sampler = partial(sample_selective_scan, full=full)
+    return Case(name, ops.selective_scan, closed_selective_scan, sampler, time, options, float32, decays=decays)
+
+
 def long_conv_case(name: str, gated: bool) -> Case:
     sampler = partial(sample_long_conv, gated=gated)
     time = {"u": 2} | ({"pre_gate": 2, "post_gate": 2} if gated else {})
@@ -299,10 +347,11 @@ SHORT_CONV = [
     short_conv_case("short_conv_one_tap", W=1, bias=True, activation=None),
 ]
 LONG_CONV = [long_conv_case("long_conv", gated=False), long_conv_case("long_conv_gated", gated=True)]
-CASES = ATTENTION + SHORT_CONV + LONG_CONV
+SELECTIVE_SCAN = [selective_scan_case("selective_scan", full=False), selective_scan_case("selective_scan_full", full=True)]
+CASES = ATTENTION + SHORT_CONV + LONG_CONV + SELECTIVE_SCAN
 
 # One of each op, with every optional argument in use.
-FULL_CASES = [LINEAR_ATTENTION[2], GATED[0], SHORT_CONV[1], LONG_CONV[1]]
+FULL_CASES = [LINEAR_ATTENTION[2], GATED[0], SHORT_CONV[1], LONG_CONV[1], SELECTIVE_SCAN[1]]
 
 
 # --- Running and measuring ---

@@ -14,6 +14,7 @@ from op_cases import (
     GATED,
     LINEAR_ATTENTION,
     LONG_CONV,
+    SELECTIVE_SCAN,
     SHORT_CONV,
     Case,
     assert_equal_to_rounding,
@@ -109,7 +110,7 @@ def test_chunked_equals_reference_at_any_length(case, T):
 
 
 @pytest.mark.parametrize("T", [65, 200])
-@case_and_decay(ATTENTION)
+@case_and_decay([*ATTENTION, SELECTIVE_SCAN[0]])
 def test_chunked_equals_reference_at_any_decay(case, decay, T):
     inputs = case.sample(T, decay=decay)
     expected = outputs_and_gradients(partial(case, "reference"), inputs)
@@ -671,6 +672,7 @@ def test_cu_seqlens_wants_one_row(case):
         (LINEAR_ATTENTION[2], (1, 3, 5, 4), STATE),
         (GATED[0], (3, 3, 5, 4), STATE),
         (SHORT_CONV[1], (1, 2, 15), "2, 2, 15"),
+        (SELECTIVE_SCAN[1], (1, 15, 4), "2, 15, 4"),
     ],
     ids=lambda x: x.name if isinstance(x, Case) else "",
 )
@@ -701,6 +703,55 @@ def test_packed_initial_state_is_one_a_document(case, shape, wanted):
 )
 def test_short_conv_errors(changes, name, got, wanted):
     check_error(SHORT_CONV[1], changes, name, got, wanted)
+
+
+CHANNELS = r"\[2, 6, 15\]|\[batch, T, D\]"
+NUMBERS = r"\[2, 6, 4\]|\[batch, T, N\]"
+
+
+@errors_of(
+    wrong_shape("x of two axes", "x", 6, 15, wanted=r"\[batch, T, D\]"),
+    wrong("no token", "x", zeros(2, 0, 15), r"\[2, 0, 15\]|T ?=+ ?0", "1"),
+    wrong_shape("dt of low rank", "dt", 2, 6, 1, wanted=CHANNELS),
+    wrong_shape("A of one axis", "A", 15, wanted=r"\[D, N\]"),
+    wrong_shape("A of another width", "A", 14, 4, wanted="15"),
+    wrong_shape("A without a number", "A", 15, 0, wanted="N >= 1"),
+    wrong_shape("B of groups", "B", 2, 6, 3, 4, wanted=NUMBERS),
+    wrong_shape("C of another length", "C", 2, 5, 4, wanted=NUMBERS),
+    wrong_shape("D of another width", "D", 4, wanted=r"\[15\]"),
+    wrong_shape("dt_bias of another width", "dt_bias", 4, wanted=r"\[15\]"),
+    wrong_shape("z channel-major", "z", 2, 15, 6, wanted=CHANNELS),
+    wrong_dtype("x", 2, 6, 15),
+    wrong_dtype("A", 15, 4),
+    wrong_dtype("dt_bias", 15),
+    wrong_device("B", 2, 6, 4),
+    wrong_device("initial_state", 2, 15, 4),
+    wrong_shape("state of another batch", "initial_state", 1, 15, 4, wanted=r"\[2, 15, 4\]"),
+    wrong_shape("state transposed", "initial_state", 2, 4, 15, wanted=r"\[2, 15, 4\]"),
+    wrong_dtype("initial_state", 2, 15, 4, dtype=torch.bfloat16, wanted=r"\bfloat32\b"),
+    wrong("A above 0", "A", zeros(15, 4) + 0.25, r"\b0.25\b", "<= 0"),
+    wrong("dt below 0", "dt", zeros(2, 6, 15) - 0.25, r"-0.25\b", ">= 0", dt_softplus=False, dt_bias=None),
+    wrong_backend("cuda"),
+)
+def test_selective_scan_errors(changes, name, got, wanted):
+    check_error(SELECTIVE_SCAN[1], changes, name, got, wanted)
+
+
+@named(SELECTIVE_SCAN)
+def test_selective_scan_keeps_no_state_of_a_token(case):
+    """For the backward pass: inputs and the states that enter chunks, together a fraction of [T, D, N]."""
+    inputs = case.sample(512, B=1, H=4, K=8, V=32, dtype=torch.float32)
+    kept: dict[int, int] = {}
+
+    def pack(x):
+        kept[x.untyped_storage().data_ptr()] = x.numel()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        case("chunked", **{name: x.requires_grad_() for name, x in inputs.items()})
+    states = 512 * 32 * 32
+    assert max(kept.values()) <= states / 32
+    assert sum(kept.values()) <= states / 2
 
 
 GATE = r"\[2, 15, 6\]|\[B, D, T\]"

@@ -12,6 +12,7 @@ from hf_linear.mixers.base import RecurrentMixer
 from hf_linear.mixers.gla import GatedLinearAttention
 from hf_linear.mixers.hyena import Hyena
 from hf_linear.mixers.linear_attention import LinearAttention
+from hf_linear.mixers.mamba import Mamba
 from hf_linear.mixers.retention import Retention
 
 MIXERS: dict[str, type[Attention] | type[RecurrentMixer]] = {
@@ -21,6 +22,7 @@ MIXERS: dict[str, type[Attention] | type[RecurrentMixer]] = {
     "retention": Retention,
     "gla": GatedLinearAttention,
     "hyena": Hyena,
+    "mamba": Mamba,
 }
 
 __all__ = ["MIXERS"]

@@ -17,6 +17,7 @@ from hf_linear.decoder import (
 from hf_linear.models.gla import GLAConfig
 from hf_linear.models.hyena import HyenaConfig
 from hf_linear.models.linear_attention import LinearAttentionConfig
+from hf_linear.models.mamba import MambaLayerConfig
 from hf_linear.models.retnet import RetNetConfig
 
 LETTERS = {
@@ -24,6 +25,7 @@ LETTERS = {
     "R": "retention",
     "L": "linear_attention",
     "H": "hyena",
+    "M": "mamba",
     "A": "attention",
     "S": "sliding_attention",
 }
@@ -32,6 +34,7 @@ MIXER_CONFIGS: dict[str, type[LinearConfig]] = {
     "retention": RetNetConfig,
     "linear_attention": LinearAttentionConfig,
     "hyena": HyenaConfig,
+    "mamba": MambaLayerConfig,
 }
 SHARED = (
     "hidden_size",
@@ -49,8 +52,8 @@ class LinearHybridConfig(LinearConfig):
     """A hybrid, its layers given by `pattern` or by `mixers`.
 
     Args:
-        pattern: one letter a layer, repeated over the depth: G gla, R retention, L linear_attention, H hyena, A attention,
-            S sliding_attention. "GGGA" is three GLA layers to one of attention.
+        pattern: one letter a layer, repeated over the depth: G gla, R retention, L linear_attention, H hyena, M mamba,
+            A attention, S sliding_attention. "GGGA" is three GLA layers to one of attention.
         mixer_options: fields of the mixers' own configs that differ from their defaults, by mixer:
             {"gla": {"expand_k": 1.0}, "hyena": {"hyena_order": 3}}.
     """

@@ -70,6 +70,21 @@ def short_conv(
     return by_document(recurrence, [x], state, cu_seqlens)
 
 
+def selective_scan(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor, cu_seqlens: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t^T,   y_t = h_t C_t, with h [B, D, N]."""
+
+    def recurrence(x: Tensor, dt: Tensor, B: Tensor, C: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        y = []
+        for x_t, dt_t, B_t, C_t in zip(x.unbind(1), dt.unbind(1), B.unbind(1), C.unbind(1), strict=True):
+            h = (dt_t[..., None] * A).exp() * h + (dt_t * x_t)[..., None] * B_t[:, None]
+            y.append((h @ C_t[..., None]).squeeze(-1))
+        return torch.stack(y, 1), h
+
+    return by_document(recurrence, [x, dt, B, C], state, cu_seqlens)
+
+
 def long_conv(p: Tensor, h: Tensor, history: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
     """y_t = sum_{s <= t} h[:, t - s] p_s, the history being the p that came before; the state is all p so far."""
 
