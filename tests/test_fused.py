@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from hf_linear.modules import fused, loss
+from hf_linear.modules.mlp import GatedMLP
 from hf_linear.modules.norm import GatedRMSNorm, RMSNorm, add_norm, project_heads
 from hf_linear.modules.projections import project
 from hf_linear.modules.rotary import rotate
@@ -178,8 +179,9 @@ def test_models_fused_and_not(name, fuse):
     """Values, gradients and the names of the parameters; frozen weights learn nothing."""
     models = [tiny_model(name, dtype=torch.float32).to(DEVICE) for _ in range(2)]
     for model in models:
-        model.model.layers[0].mlp.down_proj.weight.requires_grad_(False)
-        model.model.layers[0].mlp.up_proj.weight.requires_grad_(False)
+        mlp = next(module for module in model.modules() if isinstance(module, GatedMLP))
+        mlp.down_proj.weight.requires_grad_(False)
+        mlp.up_proj.weight.requires_grad_(False)
     found = gradients(models[0])
     fuse(False)
     expected = gradients(models[1])
