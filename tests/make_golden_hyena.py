@@ -124,6 +124,7 @@ def safari_operator(path: Path, optim_module: type[nn.Module]) -> type[nn.Module
         "src__models__nn": {"Activation": lambda name: nn.Identity()},
     }
     with stand_ins(path, **parts):
+        # A stand-in is found in sys.modules alone; an import would also have made it its package's attribute.
         sys.modules["src"].utils = sys.modules["src.utils"]  # type: ignore[attr-defined]
         sys.modules["src.utils"].registry = sys.modules["src.utils.registry"]  # type: ignore[attr-defined]
         spec = importlib.util.spec_from_file_location("safari_hyena", path / "src/models/sequence/hyena.py")

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hf_linear.ops import chunked, reference
+from hf_linear.ops import chunked_scan, reference
 from hf_linear.ops.dispatch import (
     Backend,
     check_floating,
@@ -22,7 +22,7 @@ from hf_linear.ops.dispatch import (
 
 ONE_A_CHANNEL = "give one number a channel"
 NO_GROUPS = "give every channel of a row the same B and C; groups of channels are as many calls"
-IMPLEMENTATIONS = {"reference": reference.selective_scan, "chunked": chunked.selective_scan}
+IMPLEMENTATIONS = {"reference": reference.selective_scan, "chunked": chunked_scan.selective_scan}
 
 
 def selective_scan(
