@@ -392,6 +392,7 @@ class LinearModel(LinearPreTrainedModel):
         # Attention's mask tells documents apart by positions: by those of the boundaries, whatever the caller's are.
         places = position_ids if cu_seqlens is None else positions(x, None, cu_seqlens, None)
         masks = self.make_masks(x, attention_mask, places, past_key_values)
+        x = self.first_hidden_states(x)
         for layer, kind in zip(self.layers, self.config.layer_types, strict=True):
             x = layer(
                 x,
@@ -402,6 +403,10 @@ class LinearModel(LinearPreTrainedModel):
                 **kwargs,
             )
         return MoeModelOutputWithPast(last_hidden_state=self.norm(x), **{CACHE_NAME: past_key_values})
+
+    def first_hidden_states(self, embeddings: Tensor) -> Tensor:
+        """What the first layer reads."""
+        return embeddings
 
     def make_masks(
         self, x: Tensor, attention_mask: Tensor | dict | None, position_ids: Tensor, past_key_values: Cache | None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+from torch import Tensor, nn
 from transformers import GenerationMixin
 
 from hf_linear.decoder import (
@@ -14,6 +15,7 @@ from hf_linear.decoder import (
     LinearModel,
     LinearPreTrainedModel,
 )
+from hf_linear.modules.norm import RMSNorm
 from hf_linear.modules.rotary import FREQUENCIES, STYLES
 
 
@@ -31,6 +33,8 @@ class RetNetConfig(LinearConfig):
         retention_norm: "none", or "decay" for o_t / sqrt(sum of gamma^i over the tokens so far).
         rope_style: "half" pairs channel i with i + K / 2, "interleaved" pairs 2 i with 2 i + 1.
         rope_frequencies: "standard" theta ** (-2 i / K), or "linspace" theta ** (-i / (K / 2 - 1)).
+        embedding_multiplier: what embeddings are multiplied by: sqrt(hidden_size) in models of fairseq.
+        use_embedding_norm: normalise embeddings, once multiplied.
     """
 
     model_type = "retnet"
@@ -50,6 +54,8 @@ class RetNetConfig(LinearConfig):
     retention_norm: str = "none"
     rope_style: str = "half"
     rope_frequencies: str = "standard"
+    embedding_multiplier: float | int = 1.0
+    use_embedding_norm: bool = False
 
     def __post_init__(self, **kwargs) -> None:
         super().__post_init__(**kwargs)
@@ -74,6 +80,16 @@ class RetNetPreTrainedModel(LinearPreTrainedModel):
 
 class RetNetModel(RetNetPreTrainedModel, LinearModel):
     """Hidden states of the last layer."""
+
+    def __init__(self, config: RetNetConfig):
+        super().__init__(config)
+        self.embed_norm = RMSNorm(config.hidden_size, eps=config.norm_eps) if config.use_embedding_norm else nn.Identity()
+        self.post_init()
+
+    def first_hidden_states(self, embeddings: Tensor) -> Tensor:
+        if self.config.embedding_multiplier != 1:
+            embeddings = self.config.embedding_multiplier * embeddings
+        return self.embed_norm(embeddings)
 
 
 class RetNetForCausalLM(RetNetPreTrainedModel, LinearForCausalLM, GenerationMixin):

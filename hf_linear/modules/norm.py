@@ -1,4 +1,4 @@
-"""Root-mean-square norms (arXiv 1910.07467). Their parameters are those of torch.nn.RMSNorm."""
+"""Root-mean-square norms (arXiv 1910.07467), and a layer norm for heads. Their parameters are those of torch.nn.RMSNorm."""
 
 from __future__ import annotations
 
@@ -41,6 +41,16 @@ class GatedRMSNorm(nn.RMSNorm):
             return fused.norm(o, gate, self.weight, self.eps, factor_dtype(o)).flatten(-2)
         y = super().forward(o).flatten(-2)
         return y if gate is None else y * F.silu(gate)
+
+
+class GatedLayerNorm(GatedRMSNorm):
+    """GatedRMSNorm of o minus its mean: a layer norm without a bias (arXiv 1607.06450)."""
+
+    def forward(self, o: Tensor, gate: Tensor | None = None) -> Tensor:
+        return super().forward(o - o.mean(-1, keepdim=True), gate)
+
+
+HEAD_NORMS = {"rms": GatedRMSNorm, "layer": GatedLayerNorm}
 
 
 def project_heads(o: Tensor, gate: Tensor | None, norm: nn.Module, linear: nn.Module) -> Tensor:
