@@ -153,6 +153,9 @@ GLA = {
     "gate_low_rank_dim": 8,
     "gate_logit_normalizer": 4,
     "clamp_min": -2.5,
+    "output_gate_bias": True,
+    "head_norm": "layer",
+    "head_norm_eps": 1e-3,
 }
 RETNET = {
     "expand_k": 0.5,
@@ -162,6 +165,8 @@ RETNET = {
     "retention_norm": "decay",
     "rope_style": "interleaved",
     "rope_frequencies": "linspace",
+    "embedding_multiplier": 4.0,
+    "use_embedding_norm": True,
 }
 HYENA = {
     "hyena_order": 3,

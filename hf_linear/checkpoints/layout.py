@@ -12,6 +12,9 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors import safe_open
+from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.core_model_loading import WeightConverter, WeightRenaming, WeightTransform, rename_source_key
 from transformers.modeling_utils import load_state_dict
@@ -52,6 +55,10 @@ class Layout:
         """The table, theirs to ours, made anew for each use: a transform collects tensors while it works."""
         raise NotImplementedError
 
+    def derived(self, config: PreTrainedConfig) -> dict[str, Tensor]:
+        """What they save and our models compute, under their keys: checked where it is found, written with the rest."""
+        return {}
+
 
 def renamings(names: Mapping[str, str]) -> list[WeightTransform]:
     """A renaming for each pair of parts of keys, theirs and ours: all that match a key are applied to it in turn.
@@ -73,6 +80,25 @@ def layout_of_weights(layouts: Collection[Layout], state_dict: Mapping | None, f
         return None
     keys = state_dict or {key for file in files or [] for key in load_state_dict(file, map_location="meta")}
     return next((layout for layout in layouts if layout.has_weights(keys)), None)
+
+
+def check_derived(layout: Layout, config: PreTrainedConfig, state_dict: Mapping | None, files: list[str] | None) -> None:
+    """Tensors that our models compute must be those of the checkpoint; Transformers has no place for them."""
+    derived = layout.derived(config)
+    found = {key: x for key, x in (state_dict or {}).items() if key in derived}
+    for file in files or [] if derived else []:
+        if file.endswith(".safetensors"):
+            with safe_open(file, "pt") as opened:
+                found |= {key: opened.get_tensor(key) for key in derived.keys() & set(opened.keys())}
+        else:
+            found |= {key: x for key, x in load_state_dict(file).items() if key in derived}
+    for key, x in found.items():
+        expected, rounding = derived[key], torch.finfo(x.dtype).eps
+        if x.shape != expected.shape or not torch.allclose(x.float().cpu(), expected, rtol=8 * rounding, atol=1e-7):
+            raise ValueError(
+                f"{key!r} must be {expected.tolist()}, as the config says, got {x.tolist()}: another variant of {layout.title} "
+                "is not here"
+            )
 
 
 def check_loaded(layout: Layout, transforms: list[WeightTransform], model: PreTrainedModel, info: LoadStateDictInfo) -> None:
@@ -98,6 +124,9 @@ def check_loaded(layout: Layout, transforms: list[WeightTransform], model: PreTr
         for key, found, wanted in sorted(info.mismatched_keys)
         if not key.startswith("score.")
     ]
+    info.unexpected_keys -= {
+        key for key in info.unexpected_keys if foreign_key(key, transforms) in layout.derived(model.config)
+    }
     problems += [f"unexpected key {theirs(key)}" for key in sorted(info.unexpected_keys) if not key.startswith(HEADS)]
     if problems:
         more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
@@ -126,6 +155,9 @@ def save(model: PreTrainedModel, folder: str | Path, name: str, **kwargs: Any) -
         raise ValueError(f"the layout of a {model.config.model_type} must be one of {sorted(known)}, got {name!r}")
     layout = known[name]
     fields = layout.write_config(model.config)
+    derived = layout.derived(model.config)
+    if derived:
+        kwargs["state_dict"] = {**(kwargs.get("state_dict") or model.state_dict()), **derived}
     ours = getattr(model, "_weight_conversions", None)
     model._weight_conversions = layout.transforms(model.config)
     try:
