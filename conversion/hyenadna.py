@@ -33,7 +33,7 @@ def convert(theirs: dict[str, Tensor], fields: dict[str, Any], **defaults: Any) 
 
 def argument_parser(description: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", type=Path, required=True, help="the original's weights")
+    parser.add_argument("--checkpoint", type=Path, required=True, help="the original's weights, or the folder they are in")
     parser.add_argument("--output", type=Path, required=True, help="a folder to be made")
     parser.add_argument("--verify", action="store_true", help="open the output and compare it with what was read")
     return parser
@@ -42,8 +42,7 @@ def argument_parser(description: str | None) -> argparse.ArgumentParser:
 def run(
     arguments: argparse.Namespace, fields: dict[str, Any], tokenizer: PreTrainedTokenizerBase | None, **defaults: Any
 ) -> None:
-    if arguments.output.exists():
-        raise FileExistsError(f"--output must not exist yet, got {arguments.output}: take another name, or remove it")
+    output.check_new(arguments.output)
     model = convert(read_state_dict(arguments.checkpoint), fields, **defaults)
     output.write(model, tokenizer, arguments.output, arguments.verify)
 

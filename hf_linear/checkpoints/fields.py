@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from math import inf, nextafter
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -49,9 +48,12 @@ class Fields:
         for name, value in self.only.items():
             if theirs.get(name, value) != value:
                 raise ValueError(f"{name} of {self.of} must be {value!r}, got {theirs[name]!r}: this variant is not here")
-        known = {*self.names, *self.only, *self.without_effect}
-        rest = {name: value for name, value in theirs.items() if name not in known}
+        rest = {name: value for name, value in theirs.items() if name not in self.known}
         return {**self.fixed, **{ours: theirs[name] for name, ours in self.names.items() if name in theirs}}, rest
+
+    @property
+    def known(self) -> set[str]:
+        return {*self.names, *self.only, *self.without_effect}
 
     def write(self, config: PreTrainedConfig) -> dict[str, Any]:
         return {**self.only, **{theirs: getattr(config, ours) for theirs, ours in self.names.items()}}
@@ -66,9 +68,3 @@ def check_said(of: str, config: PreTrainedConfig, again: PreTrainedConfig) -> No
                 f"{name} of {of} must be {getattr(again, name)!r}, got {getattr(config, name)!r}: it has no word for this, "
                 "save the model as ours, by save_pretrained"
             )
-
-
-def ratio(part: int, whole: int) -> float:
-    """The x of which int(whole * x) is `part`: division may round to just below it."""
-    x = part / whole
-    return x if int(whole * x) == part else nextafter(x, inf)

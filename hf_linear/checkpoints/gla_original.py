@@ -58,7 +58,7 @@ class OriginalGLA(Layout):
         """
         ours, rest = FIELDS.read({**DEFAULTS, **fields})
         head_norm_eps = ours["norm_eps"] * ours["hidden_size"] / ours["num_heads"]
-        return {**rest, **ours, "head_norm_eps": head_norm_eps}
+        return {**rest, **ours, "head_norm_eps": head_norm_eps, "model_type": "gla"}
 
     def write_config(self, config: PreTrainedConfig) -> dict[str, Any]:
         kept = ("bos_token_id", "pad_token_id", "eos_token_id", "tie_word_embeddings", "use_cache")

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.core_model_loading import PrefixChange, WeightTransform
 
-from hf_linear.checkpoints.fields import Fields, check_said, ratio
+from hf_linear.checkpoints.fields import Fields, check_said
 from hf_linear.checkpoints.layout import Layout, renamings
 from hf_linear.mixers.retention import THETA
 from hf_linear.modules.rotary import linspace_frequencies
@@ -109,7 +109,7 @@ def read_fields(fields: Fields, theirs: Mapping[str, Any]) -> tuple[dict[str, An
         raise ValueError(f"decoder_normalize_before of {fields.of} must be True, got False: this variant is not here")
     ours, rest = fields.read(theirs)
     ours["hidden_act"] = ACTIVATIONS[activation]
-    ours["expand_v"] = ratio(value_width, width)
+    ours["expand_v"] = value_width / width
     ours["embedding_multiplier"] = width**0.5 if scaled else 1.0
     return ours, rest
 
@@ -135,7 +135,7 @@ class Syncdoth(Layout):
     def read_config(self, fields: Mapping[str, Any]) -> dict[str, Any]:
         tokens = {"bos_token_id": None, "pad_token_id": 0, "eos_token_id": 0}
         ours, rest = read_fields(SYNCDOTH_FIELDS, {"vocab_size": 50257, **fields})
-        return {**tokens, **rest, **ours}
+        return {**tokens, **rest, **ours, "model_type": "retnet"}
 
     def write_config(self, config: PreTrainedConfig) -> dict[str, Any]:
         kept = ("bos_token_id", "pad_token_id", "eos_token_id", "initializer_range", "tie_word_embeddings", "use_cache")
@@ -171,6 +171,7 @@ class Syncdoth(Layout):
 class Torchscale(Syncdoth):
     """Syncdoth's keys without `model.`, and another name of the head."""
 
+    arguments = TORCHSCALE_FIELDS.known | DEFAULTS.keys()
     name = "torchscale"
     title = "torchscale's RetNet (layers.0.retention...)"
 
@@ -186,7 +187,7 @@ class Torchscale(Syncdoth):
                 f"arguments of torchscale's RetNet must be those of its RetNetConfig, got {sorted(rest)}: take out what has no "
                 "effect"
             )
-        return {"bos_token_id": None, "eos_token_id": None, **ours}
+        return {"bos_token_id": None, "eos_token_id": None, **ours, "model_type": "retnet"}
 
     def write_config(self, config: PreTrainedConfig) -> dict[str, Any]:
         fields = write_fields(TORCHSCALE_FIELDS, config)
