@@ -8,11 +8,12 @@ from __future__ import annotations
 import dataclasses
 import difflib
 from collections.abc import Collection, Mapping
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
@@ -58,6 +59,8 @@ class LinearConfig(PreTrainedConfig):
         num_kv_heads: key-value heads; None for num_heads.
         head_dim: width of an attention head; None for hidden_size / num_heads.
         rope_parameters: rotary positions of attention layers, as everywhere in Transformers; None for no positions.
+        embedding_multiplier: what embeddings are multiplied by; sqrt(hidden_size) in models of fairseq.
+        use_embedding_norm: normalise embeddings, once multiplied.
         sliding_window: tokens that a sliding attention layer sees.
         mixers: the mixer of each layer, by name; None for the family's own in every layer.
         layer_types: Transformers' words for the mixers; follows from `mixers`, and stands in for it when given alone.
@@ -99,6 +102,8 @@ class LinearConfig(PreTrainedConfig):
     max_position_embeddings: int = 2048
     norm_eps: float = 1e-6
     initializer_range: float = 0.02
+    embedding_multiplier: float | int = 1.0
+    use_embedding_norm: bool = False
     attention_bias: bool = False
     rope_parameters: dict | None = None
     sliding_window: int | None = None
@@ -142,8 +147,13 @@ class LinearConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> LinearConfig:
+        """As everywhere; a config.json in a foreign layout gives the config of the family that it is here."""
         layout = layout_of_config(cls.layouts, config_dict)
-        return super().from_dict(layout.read_config(config_dict) if layout else config_dict, **kwargs)
+        if layout is None:
+            return super().from_dict(config_dict, **kwargs)
+        fields = layout.read_config(config_dict)
+        family = cls if fields["model_type"] == cls.model_type else CONFIG_MAPPING[fields["model_type"]]
+        return family.from_dict(fields, **kwargs)
 
     @classmethod
     def known_mixers(cls) -> list[str]:
@@ -372,10 +382,12 @@ class LinearModel(LinearPreTrainedModel):
     def __init__(self, config: LinearConfig):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        norm = partial(self.norm_class, config.hidden_size, eps=config.norm_eps)
+        self.embed_norm = norm() if config.use_embedding_norm else nn.Identity()
         mlps = [SparseMLP if kind == "sparse" else self.mlp_class for kind in config.mlp_layer_types or []]
         layers = zip(config.mixers or [], mlps, strict=True)
         self.layers = nn.ModuleList(DecoderLayer(config, i, m, self.norm_class, mlp) for i, (m, mlp) in enumerate(layers))
-        self.norm = self.norm_class(config.hidden_size, eps=config.norm_eps)
+        self.norm = norm()
         self.gradient_checkpointing = False
         self._keep_in_fp32_modules_strict = {name for m in config.mixers or [] for name in MIXERS[m].float32_modules}
         self.post_init()
@@ -421,7 +433,9 @@ class LinearModel(LinearPreTrainedModel):
         # Attention's mask tells documents apart by positions: by those of the boundaries, whatever the caller's are.
         places = position_ids if cu_seqlens is None else positions(x, None, cu_seqlens, None)
         masks = self.make_masks(x, attention_mask, places, past_key_values)
-        x = self.first_hidden_states(x)
+        if self.config.embedding_multiplier != 1:
+            x = self.config.embedding_multiplier * x
+        x = self.embed_norm(x)
         for layer, kind in zip(self.layers, self.config.layer_types, strict=True):
             x = layer(
                 x,
@@ -432,10 +446,6 @@ class LinearModel(LinearPreTrainedModel):
                 **kwargs,
             )
         return MoeModelOutputWithPast(last_hidden_state=self.norm(x), **{CACHE_NAME: past_key_values})
-
-    def first_hidden_states(self, embeddings: Tensor) -> Tensor:
-        """What the first layer reads."""
-        return embeddings
 
     def make_masks(
         self, x: Tensor, attention_mask: Tensor | dict | None, position_ids: Tensor, past_key_values: Cache | None

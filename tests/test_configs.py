@@ -124,6 +124,8 @@ SHARED = {
     "max_position_embeddings": 128,
     "norm_eps": 1e-3,
     "initializer_range": 0.1,
+    "embedding_multiplier": 4.0,
+    "use_embedding_norm": True,
     "attention_bias": True,
     "fuse_linear_cross_entropy": True,
     "mlp_layer_types": ["sparse", "dense", "sparse"],
@@ -160,13 +162,12 @@ GLA = {
 RETNET = {
     "expand_k": 0.5,
     "expand_v": 1.5,
+    "feature_map": "relu",
     "use_output_gate": False,
     "elementwise_affine": False,
     "retention_norm": "decay",
     "rope_style": "interleaved",
     "rope_frequencies": "linspace",
-    "embedding_multiplier": 4.0,
-    "use_embedding_norm": True,
 }
 HYENA = {
     "hyena_order": 3,

@@ -85,6 +85,7 @@ def test_round_trip(name, tmp_path):
     assert back.keys() == weights.keys()
     assert all(torch.equal(back[key], x) for key, x in weights.items() if key not in computed)
     fields = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert fields.pop("dtype") == config["torch_dtype"]
     assert fields == {"bos_token_id": None} | {field: config[field] for field in fields if field in config}
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "back")
     assert all(torch.equal(again.state_dict()[key], x) for key, x in model.state_dict().items())

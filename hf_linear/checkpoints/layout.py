@@ -154,8 +154,12 @@ def save(model: PreTrainedModel, folder: str | Path, name: str, **kwargs: Any) -
     known = {layout.name: layout for layout in reversed(model.config.layouts)}  # of one name, the first writes
     if name not in known:
         raise ValueError(f"the layout of a {model.config.model_type} must be one of {sorted(known)}, got {name!r}")
+    if hasattr(model, "score"):
+        raise ValueError(
+            f"a model for {name} must be a language model, got {type(model).__name__}: save what it was made from, or ours"
+        )
     layout = known[name]
-    fields = layout.write_config(model.config)
+    fields = layout.write_config(model.config) | {"dtype": str(model.dtype).removeprefix("torch.")}
     derived = layout.derived(model.config)
     if derived:
         kwargs["state_dict"] = {**(kwargs.get("state_dict") or model.state_dict()), **derived}

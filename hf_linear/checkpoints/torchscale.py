@@ -180,7 +180,7 @@ class Torchscale(Syncdoth):
 
     def read_config(self, fields: Mapping[str, Any]) -> dict[str, Any]:
         """Ours for the arguments of torchscale's RetNetConfig. None stands for its default, as in fairseq's."""
-        given = {name: value for name, value in fields.items() if value is not None}
+        given = {name: value for name, value in fields.items() if value is not None and name != "dtype"}  # `save` adds it
         ours, rest = read_fields(TORCHSCALE_FIELDS, {"max_target_positions": 1024, **given})
         if rest:
             raise ValueError(

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import ClassVar
 
 from transformers import GenerationMixin
 
+from hf_linear.checkpoints import fla
+from hf_linear.checkpoints.layout import Layout
 from hf_linear.decoder import (
     LinearConfig,
     LinearForCausalLM,
@@ -60,6 +63,7 @@ class LinearHybridConfig(LinearConfig):
 
     model_type = "linear_hybrid"
     mixer = "gla"
+    layouts: ClassVar[tuple[Layout, ...]] = fla.LAYOUTS
 
     num_heads: int = 16
     pattern: str | None = None

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from torch import Tensor, nn
 from transformers import GenerationMixin
 
-from hf_linear.checkpoints.fla import FLA
+from hf_linear.checkpoints import fla
 from hf_linear.checkpoints.layout import Layout
 from hf_linear.checkpoints.torchscale import Syncdoth, Torchscale
 from hf_linear.decoder import (
@@ -18,7 +17,7 @@ from hf_linear.decoder import (
     LinearModel,
     LinearPreTrainedModel,
 )
-from hf_linear.modules.norm import RMSNorm
+from hf_linear.modules.feature_maps import FEATURE_MAPS
 from hf_linear.modules.rotary import FREQUENCIES, STYLES
 
 
@@ -31,13 +30,12 @@ class RetNetConfig(LinearConfig):
     Args:
         expand_k: key_dim / hidden_size.
         expand_v: value_dim / hidden_size.
+        feature_map: phi of queries and keys, before they turn.
         use_output_gate: multiply the normalised output by silu(W x).
         elementwise_affine: whether the head norm has weights.
         retention_norm: "none", or "decay" for o_t / sqrt(sum of gamma^i over the tokens so far).
         rope_style: "half" pairs channel i with i + K / 2, "interleaved" pairs 2 i with 2 i + 1.
         rope_frequencies: "standard" theta ** (-2 i / K), or "linspace" theta ** (-i / (K / 2 - 1)).
-        embedding_multiplier: what embeddings are multiplied by: sqrt(hidden_size) in models of fairseq.
-        use_embedding_norm: normalise embeddings, once multiplied.
     """
 
     model_type = "retnet"
@@ -46,23 +44,25 @@ class RetNetConfig(LinearConfig):
         "340M": {"hidden_size": 1024, "num_hidden_layers": 24, "num_heads": 4},
         "1.3B": {"hidden_size": 2048, "num_hidden_layers": 24, "num_heads": 8},
     }
-    layouts: ClassVar[tuple[Layout, ...]] = (Syncdoth(), Torchscale(), FLA())
-    foreign: ClassVar[dict[str, Any]] = {**LinearConfig.foreign, "feature_map": None, "use_short_conv": False}
+    layouts: ClassVar[tuple[Layout, ...]] = (Syncdoth(), Torchscale(), *fla.LAYOUTS)
+    foreign: ClassVar[dict[str, Any]] = {**LinearConfig.foreign, "use_short_conv": False}
 
     num_heads: int = 8
     hidden_ratio: float | int = 2
     expand_k: float | int = 1.0
     expand_v: float | int = 2.0
+    feature_map: str = "identity"
     use_output_gate: bool = True
     elementwise_affine: bool = True
     retention_norm: str = "none"
     rope_style: str = "half"
     rope_frequencies: str = "standard"
-    embedding_multiplier: float | int = 1.0
-    use_embedding_norm: bool = False
 
     def __post_init__(self, **kwargs) -> None:
         super().__post_init__(**kwargs)
+        if self.feature_map is None:  # flash-linear-attention's word for it
+            self.feature_map = "identity"
+        self.check_choice("feature_map", FEATURE_MAPS)
         self.check_choice("retention_norm", ("none", "decay"))
         self.check_choice("rope_style", STYLES)
         self.check_choice("rope_frequencies", FREQUENCIES)
@@ -84,16 +84,6 @@ class RetNetPreTrainedModel(LinearPreTrainedModel):
 
 class RetNetModel(RetNetPreTrainedModel, LinearModel):
     """Hidden states of the last layer."""
-
-    def __init__(self, config: RetNetConfig):
-        super().__init__(config)
-        self.embed_norm = RMSNorm(config.hidden_size, eps=config.norm_eps) if config.use_embedding_norm else nn.Identity()
-        self.post_init()
-
-    def first_hidden_states(self, embeddings: Tensor) -> Tensor:
-        if self.config.embedding_multiplier != 1:
-            embeddings = self.config.embedding_multiplier * embeddings
-        return self.embed_norm(embeddings)
 
 
 class RetNetForCausalLM(RetNetPreTrainedModel, LinearForCausalLM, GenerationMixin):
