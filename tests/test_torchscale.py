@@ -59,7 +59,8 @@ def torchscale():
 def decoder(torchscale, fields):
     torch.manual_seed(0)
     width = fields["decoder_embed_dim"]
-    embed_tokens = torch.nn.Embedding.from_pretrained(torch.randn(fields["vocab_size"], width) * width**-0.5)  # fairseq's
+    std = width**-0.5 / (2 if fields.get("share_decoder_input_output_embed") else 1)  # fairseq's, but for logits of one size
+    embed_tokens = torch.nn.Embedding.from_pretrained(torch.randn(fields["vocab_size"], width) * std)
     arguments = torchscale.config.RetNetConfig(**fields)
     return torchscale.retnet.RetNetDecoder(arguments, embed_tokens=embed_tokens).eval()
 
