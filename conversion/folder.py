@@ -1,14 +1,12 @@
-"""Folders that another library wrote for Transformers, config.json and weights: what opens directly, written as ours."""
+"""Folders that another library wrote for Transformers, which open as they are: written as ours, and back."""
 
-import argparse
 import json
 from pathlib import Path
 
 from safetensors.torch import load_file
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel
 
 from conversion import output
-from conversion.hyenadna import argument_parser
 from conversion.pickles import read_state_dict
 from hf_linear.checkpoints.layout import Layout
 
@@ -20,31 +18,26 @@ def read(checkpoint: Path, config: Path | None, layout: Layout, family: type[Pre
     fields = json.loads((config or checkpoint / "config.json").read_text())
     if not layout.has_config(fields):
         raise ValueError(f"the config must be that of {layout.title}, got {sorted(fields)}: is it another model's?")
-    options = {}
-    if config is not None:
-        options["config"] = family.config_class.from_dict(fields)
+    source, options = checkpoint, {"config": family.config_class.from_dict(fields)}
     if checkpoint.is_file():
-        options["state_dict"] = load_file(checkpoint) if checkpoint.suffix == ".safetensors" else read_state_dict(checkpoint)
-        options["dtype"] = next(iter(options["state_dict"].values())).dtype
-    source = None if checkpoint.is_file() else checkpoint
+        source, weights = None, load_file(checkpoint) if checkpoint.suffix == ".safetensors" else read_state_dict(checkpoint)
+        options |= {"state_dict": weights, "dtype": next(iter(weights.values())).dtype}
     model, problems = family.from_pretrained(source, output_loading_info=True, **options)
     if problems["missing_keys"]:
         raise ValueError(f"{checkpoint} must hold the weights of {layout.title}, got other keys: is it another model's?")
     return model
 
 
-def read_tokenizer(checkpoint: Path, name: str | None) -> PreTrainedTokenizerBase | None:
-    """The one that is named, or that of the folder, where it has one."""
-    beside = any((checkpoint / file).is_file() for file in ("tokenizer.json", "tokenizer_config.json"))
-    return AutoTokenizer.from_pretrained(name or checkpoint) if name or beside else None
-
-
 def convert(layout: Layout, family: type[PreTrainedModel], description: str | None, argv: list[str] | None) -> None:
-    parser: argparse.ArgumentParser = argument_parser(description)
+    parser = output.argument_parser(description)
+    parser.add_argument("--to", choices=["ours", layout.name], default="ours", help="the layout to write")
     parser.add_argument("--config", type=Path, help="a config.json, where --checkpoint is a file of weights")
     parser.add_argument("--tokenizer", help="a folder or a name on the Hub; that of the checkpoint's folder if left out")
     arguments = parser.parse_args(argv)
-    output.check_new(arguments.output)
-    model = read(arguments.checkpoint, arguments.config, layout, family)
-    tokenizer = read_tokenizer(arguments.checkpoint, arguments.tokenizer)
-    output.write(model, tokenizer, arguments.output, arguments.verify)
+    output.check_absent(arguments.output)
+    if arguments.to == "ours":
+        model, written = read(arguments.checkpoint, arguments.config, layout, family), None
+    else:
+        model, written = family.from_pretrained(arguments.checkpoint), layout.name
+    tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer) if arguments.tokenizer else arguments.checkpoint
+    output.write(model, tokenizer, arguments.output, arguments.verify, written)

@@ -36,7 +36,7 @@ def read_checkpoint(path: Path) -> Any:
     try:
         unknown = get_unsafe_globals_in_checkpoint(path)
         with safe_globals([(HARMLESS.get(name, Inert), name) for name in unknown]):
-            return torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)  # an optimizer is never read
     except (pickle.UnpicklingError, ValueError, RuntimeError) as error:
         raise ValueError(
             f"{path} must be a checkpoint of torch.save that holds tensors and plain values, got one that needs more: where "

@@ -4,6 +4,8 @@ tests/golden holds small random weights as fla 0.6.0 saved them, and what it gav
 """
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,8 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import hf_linear
-from hf_linear import GLAConfig, LinearHybridConfig, RetNetConfig
+from conversion import fla as fla_script
+from hf_linear import GLAConfig, GLAForCausalLM, LinearHybridConfig, RetNetConfig
 from hf_linear.checkpoints import fla
 from hf_linear.checkpoints.layout import save
 
@@ -92,6 +95,8 @@ def test_checkpoints_of_2024(form, tmp_path):
         config["rms_norm_eps"] = config.pop("norm_eps")
     model = AutoModelForCausalLM.from_pretrained(write(tmp_path / "theirs", config, weights))
     torch.testing.assert_close(model(expected["ids"]).logits, expected["logits"], rtol=0, atol=TOLERANCE)
+    model.save_pretrained(tmp_path / "ours")  # the halves of a tensor, each its own
+    assert same(load_file(tmp_path / "ours" / "model.safetensors"), model.state_dict())
     save(model, tmp_path / "back", "fla-2024")
     if form == "embeddings":
         assert same(load_file(tmp_path / "back" / "model.safetensors"), weights)
@@ -192,3 +197,60 @@ def test_what_fla_cannot_say_is_an_error(family, fields, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         save(model, tmp_path / "theirs", "fla")
     assert not (tmp_path / "theirs").exists()
+
+
+# --- The script ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hybrid(tmp_path) -> Path:
+    config, weights, _ = golden(next(path for path in GOLDEN if path.stem == "fla-retnet-hybrid"))
+    folder = write(tmp_path / "theirs", config, weights)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_text(f'"{name}"')
+    return folder
+
+
+def test_script_there_and_back(hybrid, tmp_path, capsys):
+    for source, target, options in (("theirs", "ours", []), ("ours", "back", ["--to", "fla"])):
+        fla_script.main(["--checkpoint", str(tmp_path / source), "--output", str(tmp_path / target), "--verify", *options])
+        printed = capsys.readouterr().out
+        assert "verified: 38 tensors as read" in printed and f"wrote {tmp_path / target}" in printed
+        assert "not compared with fla's own model" in printed or "fla's own logits" in printed
+        assert (tmp_path / target / "tokenizer.json").read_text() == '"tokenizer.json"'
+    assert AutoConfig.from_pretrained(tmp_path / "ours").model_type == "linear_hybrid"
+    assert same(load_file(tmp_path / "back" / "model.safetensors"), load_file(hybrid / "model.safetensors"))
+    with pytest.raises(FileExistsError, match="--output must not exist yet"):
+        fla_script.main(["--checkpoint", str(hybrid), "--output", str(tmp_path / "ours")])
+
+
+def test_script_that_is_interrupted_leaves_nothing(hybrid, tmp_path, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("conversion.output.proof", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        fla_script.main(["--checkpoint", str(hybrid), "--output", str(tmp_path / "ours"), "--verify"])
+    assert [path.name for path in tmp_path.iterdir()] == ["theirs"]
+
+
+MEASURE = """
+import re, sys
+from conversion import fla
+def peak():
+    return 1024 * int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1])
+before = peak()
+fla.main(["--checkpoint", sys.argv[1], "--output", sys.argv[2], "--to", sys.argv[3]])
+print(peak() - before)
+"""
+
+
+@pytest.mark.parametrize("to", ["ours", "fla"])
+def test_script_holds_the_weights_once(to, tmp_path):
+    shape = {"vocab_size": 60000, "hidden_size": 512, "num_hidden_layers": 2, "intermediate_size": 512}
+    model = GLAForCausalLM(GLAConfig(**shape)).bfloat16()
+    save(model, tmp_path / "theirs", "fla") if to == "ours" else model.save_pretrained(tmp_path / "theirs")
+    size = (tmp_path / "theirs" / "model.safetensors").stat().st_size
+    command = [sys.executable, "-c", MEASURE, tmp_path / "theirs", tmp_path / "written", to]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1])
+    assert int(done.stdout.split()[-1]) < 1.2 * size

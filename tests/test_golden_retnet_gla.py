@@ -179,6 +179,11 @@ def test_script(name, form, tmp_path, capsys):
     assert far(model(original["ids"]).logits, original["recurrent"]) < TOLERANCE
     assert AutoTokenizer.from_pretrained(tmp_path / "ours").get_vocab() == tokenizer.get_vocab()
 
+    back = ["--checkpoint", str(tmp_path / "ours"), "--output", str(tmp_path / "back"), "--to", LAYOUTS[name], "--verify"]
+    script.main(back)
+    assert load_file(tmp_path / "back" / "model.safetensors").keys() == weights.keys()
+    assert (tmp_path / "back" / "tokenizer.json").is_file()
+
 
 def test_what_is_no_checkpoint_of_the_layout(tmp_path):
     config, weights, _ = golden("gla-original")

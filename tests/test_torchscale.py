@@ -146,8 +146,9 @@ def test_round_trip(torchscale, variant, tmp_path):
     ours = script.convert(decoder(torchscale, VARIANTS[variant]).state_dict(), VARIANTS[variant]).eval()
     save(ours, tmp_path, "torchscale")
     theirs, fields = load_file(tmp_path / "model.safetensors"), json.loads((tmp_path / "config.json").read_text())
-    again = script.convert(dict(theirs), fields)
-    assert again.config.to_dict() == ours.config.to_dict() | {"architectures": None}
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    known = {"architectures": None, "_name_or_path": str(tmp_path)}
+    assert again.config.to_dict() == ours.config.to_dict() | known
     assert all(torch.equal(again.state_dict()[key], x) for key, x in ours.state_dict().items())
     original = decoder(torchscale, fields)
     missing = original.load_state_dict(theirs, strict=False)
@@ -190,7 +191,7 @@ def test_converts_a_checkpoint_of_fairseq(torchscale, form, tmp_path, capsys):
     script.main(["--checkpoint", str(tmp_path / "checkpoint_best.pt"), "--output", str(tmp_path / "ours"), "--verify"])
     printed = capsys.readouterr().out
     assert "this ran" not in printed
-    (difference,) = re.findall(r"in float32 within (\S+) of the original's", printed)
+    (difference,) = re.findall(r"torchscale's own logits of 64 random tokens.* differ by (\S+) in float32", printed)
     assert float(difference) < 1e-3  # rotary angles are in half precision too, and torchscale takes them from the file
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "ours", dtype=torch.float32)
     assert model.config.dtype == torch.float32 and model.config.max_position_embeddings == 64
@@ -212,12 +213,22 @@ def test_converts_a_state_dict_beside_its_arguments(torchscale, tmp_path, monkey
     arguments += ["--args", str(tmp_path / "args.json"), "--output", str(tmp_path / "ours"), "--verify"]
     script.main(arguments)
     printed = capsys.readouterr().out
-    assert "the original is not run beside ours: import of torchscale" in printed and "tensors as read" in printed
+    assert "not compared with torchscale's own model: import of torchscale" in printed and "tensors as read" in printed
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
     assert far(model(IDS).logits, original(IDS)[0]) < 1e-5
     assert AutoTokenizer.from_pretrained(tmp_path / "ours").get_vocab() == tokenizer.get_vocab()
     with pytest.raises(FileExistsError, match="take another name"):
         script.main(arguments)
+
+
+def test_converts_back(torchscale, tmp_path, capsys):
+    script.convert(decoder(torchscale, SMALL).state_dict(), SMALL).save_pretrained(tmp_path / "ours")
+    arguments = ["--checkpoint", str(tmp_path / "ours"), "--output", str(tmp_path / "theirs"), "--to", "torchscale"]
+    script.main([*arguments, "--verify"])
+    (difference,) = re.findall(r"torchscale's own logits of 256 random tokens.* differ by (\S+)", capsys.readouterr().out)
+    assert float(difference) < 1e-5
+    original = decoder(torchscale, json.loads((tmp_path / "theirs" / "config.json").read_text()))
+    original.load_state_dict(load_file(tmp_path / "theirs" / "model.safetensors"), strict=True)
 
 
 def write_tokenizer(folder):

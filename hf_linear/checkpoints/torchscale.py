@@ -176,11 +176,11 @@ class Torchscale(Syncdoth):
     title = "torchscale's RetNet (layers.0.retention...)"
 
     def has_config(self, fields: Mapping[str, Any]) -> bool:
-        return False  # they have no config.json
+        return "share_decoder_input_output_embed" in fields  # theirs alone, in what `save` writes: they have no config.json
 
     def read_config(self, fields: Mapping[str, Any]) -> dict[str, Any]:
         """Ours for the arguments of torchscale's RetNetConfig. None stands for its default, as in fairseq's."""
-        given = {name: value for name, value in fields.items() if value is not None and name != "dtype"}  # `save` adds it
+        given = {name: value for name, value in fields.items() if value is not None and name not in ("model_type", "dtype")}
         ours, rest = read_fields(TORCHSCALE_FIELDS, {"max_target_positions": 1024, **given})
         if rest:
             raise ValueError(
@@ -190,7 +190,7 @@ class Torchscale(Syncdoth):
         return {"bos_token_id": None, "eos_token_id": None, **ours, "model_type": "retnet"}
 
     def write_config(self, config: PreTrainedConfig) -> dict[str, Any]:
-        fields = write_fields(TORCHSCALE_FIELDS, config)
+        fields = write_fields(TORCHSCALE_FIELDS, config) | {"model_type": config.model_type}
         check_said(TORCHSCALE_FIELDS.of, config, type(config)(**self.read_config(fields)))
         return fields
 

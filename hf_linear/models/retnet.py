@@ -44,7 +44,7 @@ class RetNetConfig(LinearConfig):
         "340M": {"hidden_size": 1024, "num_hidden_layers": 24, "num_heads": 4},
         "1.3B": {"hidden_size": 2048, "num_hidden_layers": 24, "num_heads": 8},
     }
-    layouts: ClassVar[tuple[Layout, ...]] = (Syncdoth(), Torchscale(), *fla.LAYOUTS)
+    layouts: ClassVar[tuple[Layout, ...]] = (Torchscale(), Syncdoth(), *fla.LAYOUTS)
     foreign: ClassVar[dict[str, Any]] = {**LinearConfig.foreign, "use_short_conv": False}
 
     num_heads: int = 8
