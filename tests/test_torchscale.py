@@ -305,8 +305,11 @@ def test_every_argument_of_torchscale_is_known(torchscale):
     assert Torchscale().read_config(arguments | fields) == Torchscale().read_config(fields) | {"tie_word_embeddings": False}
 
 
-@pytest.mark.parametrize("width, value_width, heads", [(512, 864, 2), (1024, 1728, 4), (2560, 4280, 10), (5120, 8560, 20)])
-def test_published_widths(width, value_width, heads):
+@pytest.mark.parametrize(
+    "width, value_width, heads",
+    [(512, 864, 2), (1024, 1728, 4), (2560, 4280, 10), (5120, 8560, 20), (720, 784, 4)],  # the last: 720 * (784 / 720) < 784
+)
+def test_widths_of_values(width, value_width, heads):
     fields = {"decoder_embed_dim": width, "decoder_value_embed_dim": value_width, "decoder_retention_heads": heads}
     assert RetNetConfig(**Torchscale().read_config({"vocab_size": 97, **fields})).value_dim == value_width
 

@@ -7,6 +7,7 @@ beside its state dict, or with it in a file of fairseq (`conversion/torchscale.p
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from math import inf, nextafter
 from typing import Any
 
 import torch
@@ -109,7 +110,8 @@ def read_fields(fields: Fields, theirs: Mapping[str, Any]) -> tuple[dict[str, An
         raise ValueError(f"decoder_normalize_before of {fields.of} must be True, got False: this variant is not here")
     ours, rest = fields.read(theirs)
     ours["hidden_act"] = ACTIVATIONS[activation]
-    ours["expand_v"] = value_width / width
+    ratio = value_width / width  # which may be rounded to just below the one whose product with the width is whole
+    ours["expand_v"] = ratio if int(width * ratio) == value_width else nextafter(ratio, inf)
     ours["embedding_multiplier"] = width**0.5 if scaled else 1.0
     return ours, rest
 

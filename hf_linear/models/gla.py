@@ -82,11 +82,11 @@ class GLAConfig(LinearConfig):
 
     @property
     def key_dim(self) -> int:
-        return round(self.hidden_size * self.expand_k)
+        return int(self.hidden_size * self.expand_k)
 
     @property
     def value_dim(self) -> int:
-        return round(self.hidden_size * self.expand_v)
+        return int(self.hidden_size * self.expand_v)
 
 
 class GLAPreTrainedModel(LinearPreTrainedModel):

@@ -71,11 +71,11 @@ class RetNetConfig(LinearConfig):
 
     @property
     def key_dim(self) -> int:
-        return round(self.hidden_size * self.expand_k)
+        return int(self.hidden_size * self.expand_k)
 
     @property
     def value_dim(self) -> int:
-        return round(self.hidden_size * self.expand_v)
+        return int(self.hidden_size * self.expand_v)
 
 
 class RetNetPreTrainedModel(LinearPreTrainedModel):
