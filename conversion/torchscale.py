@@ -103,6 +103,9 @@ def main(argv: list[str] | None = None) -> None:
     if arguments.to == "ours":
         weights, fields, tokens = read(arguments.checkpoint, arguments.args)
         model, layout = convert(dict(weights), fields, **tokens), None
+        angle = weights.get("retnet_rel_pos.angle")
+        if angle is not None and angle.dtype.itemsize < 4:
+            print(f"its rotary angles are rounded to {angle.dtype}, ours are not: docs/checkpoints.md says what that makes")
     else:
         model, layout = RetNetForCausalLM.from_pretrained(arguments.checkpoint), LAYOUT.name
 

@@ -4,13 +4,13 @@ tests/golden holds small random weights in each layout and what the originals ma
 """
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_torchscale import write_tokenizer
+from test_checkpoints import GOLDEN, write_repository
+from test_torchscale import far, write_tokenizer
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from conversion import gla_original as gla_script
@@ -18,7 +18,6 @@ from conversion import syncdoth as syncdoth_script
 from hf_linear import GLAForCausalLM, RetNetForCausalLM
 from hf_linear.checkpoints.layout import save
 
-GOLDEN = Path(__file__).parent / "golden"
 # Logits of size 3 after two layers in float32: either side is up to 3e-6 from our float64.
 TOLERANCE = 1e-5
 LAYOUTS = {"retnet-syncdoth": "syncdoth", "retnet-syncdoth-plain": "syncdoth", "gla-original": "gla-original"}
@@ -34,22 +33,11 @@ def golden(name):
     return config, weights, tensors
 
 
-def write_folder(folder, config, weights):
-    folder.mkdir(exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(config))
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    return folder
-
-
-def far(a, b):
-    return (a - b).abs().max().item()
-
-
 @every_file
 def test_opens_as_it_is(name, tmp_path):
     config, weights, original = golden(name)
     model, problems = AutoModelForCausalLM.from_pretrained(
-        write_folder(tmp_path / "theirs", config, weights), output_loading_info=True
+        write_repository(tmp_path / "theirs", config, weights), output_loading_info=True
     )
     assert type(model) is (GLAForCausalLM if name == "gla-original" else RetNetForCausalLM) and not any(problems.values())
     assert far(model(original["ids"]).logits, original["recurrent"]) < TOLERANCE
@@ -68,7 +56,7 @@ def test_opens_as_it_is(name, tmp_path):
 @pytest.mark.parametrize("name", ["retnet-syncdoth", "retnet-syncdoth-plain"])
 def test_generates_the_same(name, tmp_path):
     config, weights, original = golden(name)
-    model = AutoModelForCausalLM.from_pretrained(write_folder(tmp_path, config, weights))
+    model = AutoModelForCausalLM.from_pretrained(write_repository(tmp_path, config, weights))
     ids, tokens = original["ids"][:, :5], original["generated"]
     assert torch.equal(model.generate(ids, max_new_tokens=16, do_sample=False, eos_token_id=-1), tokens)
     # The form that trains divides a row by what its scores add up to: see test_torchscale.py.
@@ -78,7 +66,7 @@ def test_generates_the_same(name, tmp_path):
 @every_file
 def test_round_trip(name, tmp_path):
     config, weights, original = golden(name)
-    model = AutoModelForCausalLM.from_pretrained(write_folder(tmp_path / "theirs", config, weights))
+    model = AutoModelForCausalLM.from_pretrained(write_repository(tmp_path / "theirs", config, weights))
     save(model, tmp_path / "back", LAYOUTS[name])
     back = load_file(tmp_path / "back" / "model.safetensors")
     computed = {"model.retnet_rel_pos.angle", "model.retnet_rel_pos.decay"}  # to the last digit on this machine or nearly so
@@ -116,7 +104,7 @@ def test_no_key_is_lost_or_drawn_anew(name, key, wanted, problem, tmp_path):
         weights[f"{key}.A"] = torch.ones(1)
         parts = ("unexpected key", repr(f"{key}.A"))
     with pytest.raises(ValueError) as error:
-        AutoModelForCausalLM.from_pretrained(write_folder(tmp_path, config, weights))
+        AutoModelForCausalLM.from_pretrained(write_repository(tmp_path, config, weights))
     layout = "the GLA of its paper's repository" if name == "gla-original" else "the RetNet of syncdoth"
     for part in (*parts, layout):
         assert part in str(error.value)
@@ -126,7 +114,7 @@ def test_other_decays_are_an_error(tmp_path):
     """What `use_lm_decay` computes, should a config not say so."""
     config, weights, _ = golden("retnet-syncdoth")
     weights["model.retnet_rel_pos.decay"] = torch.log(1 - torch.logspace(-5, -9, 2, base=2))
-    folder = write_folder(tmp_path, config, weights)
+    folder = write_repository(tmp_path, config, weights)
     with pytest.raises(ValueError, match=r"'model.retnet_rel_pos.decay' must be .* as the config says"):
         AutoModelForCausalLM.from_pretrained(folder)
     (folder / "model.safetensors").unlink()
@@ -148,12 +136,12 @@ def test_other_decays_are_an_error(tmp_path):
 def test_config_that_is_not_here(name, changes, message, tmp_path):
     config, weights, _ = golden(name)
     with pytest.raises(ValueError, match=message):
-        AutoConfig.from_pretrained(write_folder(tmp_path, config | changes, weights))
+        AutoConfig.from_pretrained(write_repository(tmp_path, config | changes, weights))
 
 
 def test_a_gla_that_the_original_has_no_words_for(tmp_path):
     config, weights, _ = golden("gla-original")
-    model = AutoModelForCausalLM.from_pretrained(write_folder(tmp_path / "theirs", config, weights))
+    model = AutoModelForCausalLM.from_pretrained(write_repository(tmp_path / "theirs", config, weights))
     model.config.head_norm_eps = 1e-5
     with pytest.raises(ValueError, match=r"head_norm_eps of the original GLA must be 8.*e-05, got 1e-05"):
         save(model, tmp_path / "back", "gla-original")
@@ -163,7 +151,7 @@ def test_a_gla_that_the_original_has_no_words_for(tmp_path):
 @pytest.mark.parametrize("form", ["folder", "bin", "file"])
 def test_script(name, form, tmp_path, capsys):
     config, weights, original = golden(name)
-    folder = write_folder(tmp_path / "theirs", config, weights)
+    folder = write_repository(tmp_path / "theirs", config, weights)
     tokenizer = write_tokenizer(folder)
     arguments = ["--checkpoint", str(folder)]
     if form == "bin":
@@ -187,7 +175,7 @@ def test_script(name, form, tmp_path, capsys):
 
 def test_what_is_no_checkpoint_of_the_layout(tmp_path):
     config, weights, _ = golden("gla-original")
-    folder = write_folder(tmp_path / "theirs", config, weights)
+    folder = write_repository(tmp_path / "theirs", config, weights)
     arguments = ["--checkpoint", str(folder), "--output", str(tmp_path / "ours")]
     with pytest.raises(ValueError, match="config must be that of the RetNet of syncdoth"):
         syncdoth_script.main(arguments)
