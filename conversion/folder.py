@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, PreTrainedModel
@@ -22,9 +23,15 @@ def read(checkpoint: Path, config: Path | None, layout: Layout, family: type[Pre
     if checkpoint.is_file():
         source, weights = None, load_file(checkpoint) if checkpoint.suffix == ".safetensors" else read_state_dict(checkpoint)
         options |= {"state_dict": weights, "dtype": next(iter(weights.values())).dtype}
+    return whole(family, source, layout.title, **options)
+
+
+def whole(family: type[PreTrainedModel], source: Path | None, what: str, **options: Any) -> PreTrainedModel:
+    """A model of which nothing was drawn anew, as Transformers does with a warning where it knows no key."""
     model, problems = family.from_pretrained(source, output_loading_info=True, **options)
     if problems["missing_keys"]:
-        raise ValueError(f"{checkpoint} must hold the weights of {layout.title}, got other keys: is it another model's?")
+        missing = sorted(problems["missing_keys"])[:3]
+        raise ValueError(f"--checkpoint must hold the weights of {what}, got none for {missing}: is it another model's?")
     return model
 
 
@@ -38,6 +45,6 @@ def convert(layout: Layout, family: type[PreTrainedModel], description: str | No
     if arguments.to == "ours":
         model, written = read(arguments.checkpoint, arguments.config, layout, family), None
     else:
-        model, written = family.from_pretrained(arguments.checkpoint), layout.name
+        model, written = whole(family, arguments.checkpoint, "a model of ours"), layout.name
     tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer) if arguments.tokenizer else arguments.checkpoint
     output.write(model, tokenizer, arguments.output, arguments.verify, written)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer
 
 from conversion import output
+from conversion.folder import whole
 from conversion.pickles import is_state_dict, read_checkpoint, show
 from hf_linear import RetNetConfig, RetNetForCausalLM
 from hf_linear.checkpoints.torchscale import Torchscale
@@ -107,7 +108,7 @@ def main(argv: list[str] | None = None) -> None:
         if angle is not None and angle.dtype.itemsize < 4:
             print(f"its rotary angles are rounded to {angle.dtype}, ours are not: docs/checkpoints.md says what that makes")
     else:
-        model, layout = RetNetForCausalLM.from_pretrained(arguments.checkpoint), LAYOUT.name
+        model, layout = whole(RetNetForCausalLM, arguments.checkpoint, "a model of ours"), LAYOUT.name
 
     def compare(written: Path) -> str:
         if arguments.to == "ours":

@@ -7,6 +7,7 @@ import json
 
 import pytest
 import torch
+from families import TINY
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_checkpoints import GOLDEN, write_repository
@@ -15,7 +16,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokeni
 
 from conversion import gla_original as gla_script
 from conversion import syncdoth as syncdoth_script
-from hf_linear import GLAForCausalLM, RetNetForCausalLM
+from hf_linear import GLAConfig, GLAForCausalLM, RetNetForCausalLM
 from hf_linear.checkpoints.layout import save
 
 # Logits of size 3 after two layers in float32: either side is up to 3e-6 from our float64.
@@ -182,6 +183,10 @@ def test_what_is_no_checkpoint_of_the_layout(tmp_path):
     save_file({"a.weight": torch.ones(1)}, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match="must hold the weights of the GLA of its paper's repository"):
         gla_script.main(arguments)
+    GLAForCausalLM(GLAConfig(**TINY)).save_pretrained(tmp_path / "hidden")
+    save_file({"a.weight": torch.ones(1)}, tmp_path / "hidden" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"weights of a model of ours, got none for \['lm_head.weight'"):
+        gla_script.main(["--checkpoint", str(tmp_path / "hidden"), "--to", "gla-original", *arguments[2:]])
     (folder / "config.json").unlink()
     with pytest.raises(ValueError, match="name the config by --config"):
         gla_script.main(arguments)
