@@ -38,9 +38,10 @@ from hf_linear.inputs import (
     positions,
 )
 from hf_linear.mixers import MIXERS
-from hf_linear.mixers.attention import Attention
+from hf_linear.mixers.attention import Attention, Product
 from hf_linear.mixers.hyena import HyenaFilter
 from hf_linear.mixers.mamba import Mamba
+from hf_linear.mixers.shared_attention import SharedAttention, SharedBlock, SharedMLP
 from hf_linear.modules.loss import linear_cross_entropy, share_of_labels
 from hf_linear.modules.mlp import GatedMLP
 from hf_linear.modules.moe import Experts, SparseMLP, TopKRouter, load_balancing_loss
@@ -55,14 +56,16 @@ class LinearConfig(PreTrainedConfig):
         intermediate_size: width of the MLP; None for hidden_size * hidden_ratio * 2 / 3 rounded up to a multiple of 256.
         num_kv_heads: key-value heads; None for num_heads.
         head_dim: width of an attention head; None for hidden_size / num_heads.
+        attention_output_gate: multiply what attention's heads give by sigmoid(W x).
+        use_qk_norm: normalise the heads of attention's queries and keys.
         rope_parameters: rotary positions of attention layers, as everywhere in Transformers; None for no positions.
         sliding_window: tokens that a sliding attention layer sees.
         mixers: the mixer of each layer, by name; None for the family's own in every layer.
         layer_types: Transformers' words for the mixers; follows from `mixers`, and stands in for it when given alone.
         fuse_linear_cross_entropy: in training with labels, compute the loss without ever holding the logits of all tokens. The
             output then has none: Trainer needs them in evaluation alone, where they are there as ever.
-        mlp_layer_types: "dense" or "sparse" for each layer: an MLP, or a mixture of experts in its place. None for dense
-            layers, and for sparse ones where `num_experts` is given.
+        mlp_layer_types: "dense", "sparse" or "none" for each layer: an MLP, or a mixture of experts in its place, or neither,
+            the mixer alone. None for dense layers, and for sparse ones where `num_experts` is given.
         num_experts: experts of a sparse layer; answers to `num_local_experts` too.
         num_experts_per_tok: experts that a token goes through.
         moe_intermediate_size: width of an expert; None for intermediate_size.
@@ -97,6 +100,8 @@ class LinearConfig(PreTrainedConfig):
     norm_eps: float = 1e-6
     initializer_range: float = 0.02
     attention_bias: bool = False
+    attention_output_gate: bool = False
+    use_qk_norm: bool = False
     rope_parameters: dict | None = None
     sliding_window: int | None = None
     mixers: list[str] | None = None
@@ -226,10 +231,10 @@ class LinearConfig(PreTrainedConfig):
         """Fill `mlp_layer_types` and `moe_intermediate_size`, and check what sparse layers are made of."""
         if self.mlp_layer_types is None:
             self.mlp_layer_types = ["sparse" if self.num_experts else "dense"] * self.num_hidden_layers
-        unknown = sorted(set(self.mlp_layer_types) - {"dense", "sparse"})
+        unknown = sorted(set(self.mlp_layer_types) - {"dense", "sparse", "none"})
         if unknown:
             raise ValueError(
-                f"mlp_layer_types must be of ['dense', 'sparse'], got {unknown}: what mixes tokens is named in `mixers`"
+                f"mlp_layer_types must be of ['dense', 'sparse', 'none'], got {unknown}: what mixes tokens is named in `mixers`"
             )
         if len(self.mlp_layer_types) != self.num_hidden_layers:
             raise ValueError(
@@ -258,6 +263,12 @@ class LinearConfig(PreTrainedConfig):
                 "change either"
             )
 
+    def validate(self) -> None:
+        """Transformers' own checks, without the one that knows no layer that is a mixer alone: `set_experts` has it."""
+        kinds, self.mlp_layer_types = self.mlp_layer_types, None
+        super().validate()
+        self.mlp_layer_types = kinds
+
     def check_rope(self) -> None:
         rope = self.rope_parameters
         if rope is None or set(self.layer_types or []) <= {"linear_attention"}:
@@ -275,20 +286,25 @@ class LinearConfig(PreTrainedConfig):
 
 
 class DecoderLayer(GradientCheckpointingLayer):
-    """x + mixer(norm(x)), then x + mlp(norm(x))."""
+    """x + mixer(norm(x)), then x + mlp(norm(x)), where there is an MLP."""
 
-    def __init__(self, config: LinearConfig, layer_idx: int, mixer: str, norm: type[nn.Module], mlp: type[nn.Module]) -> None:
+    def __init__(
+        self, config: LinearConfig, layer_idx: int, mixer: str, norm: type[nn.Module], mlp: type[nn.Module] | None
+    ) -> None:
         super().__init__()
         self.mixer_norm = norm(config.hidden_size, eps=config.norm_eps)
         self.mixer = MIXERS[mixer](config.for_mixer(mixer), layer_idx)
-        self.mlp_norm = norm(config.hidden_size, eps=config.norm_eps)
-        self.mlp = mlp(config)
+        self.mlp_norm = None if mlp is None else norm(config.hidden_size, eps=config.norm_eps)
+        self.mlp = None if mlp is None else mlp(config)
 
-    def forward(self, x: Tensor, **kwargs: Any) -> Tensor:
+    def forward(self, x: Tensor, shared: Product | None = None, **kwargs: Any) -> Tensor:
+        site = {} if shared is None else {"shared": shared}
         x, normed = add_norm(x, None, self.mixer_norm)
-        y, _ = self.mixer(normed, past_key_values=kwargs.pop(CACHE_NAME, None), **kwargs)
+        y, _ = self.mixer(normed, past_key_values=kwargs.pop(CACHE_NAME, None), **site, **kwargs)
+        if self.mlp is None or self.mlp_norm is None:
+            return x + y
         x, normed = add_norm(x, y, self.mlp_norm)
-        return x + self.mlp(normed)
+        return x + self.mlp(normed, **site)
 
 
 class LinearPreTrainedModel(PreTrainedModel):
@@ -343,13 +359,23 @@ class LinearModel(LinearPreTrainedModel):
     def __init__(self, config: LinearConfig):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
-        mlps = [SparseMLP if kind == "sparse" else self.mlp_class for kind in config.mlp_layer_types or []]
-        layers = zip(config.mixers or [], mlps, strict=True)
-        self.layers = nn.ModuleList(DecoderLayer(config, i, m, self.norm_class, mlp) for i, (m, mlp) in enumerate(layers))
+        kinds = zip(config.mixers or [], config.mlp_layer_types or [], strict=True)
+        self.layers = nn.ModuleList(
+            DecoderLayer(config, i, mixer, self.norm_class, self.mlp_of(mixer, mlp)) for i, (mixer, mlp) in enumerate(kinds)
+        )
+        self.shared_block = SharedBlock(config) if "shared_attention" in (config.mixers or []) else None
         self.norm = self.norm_class(config.hidden_size, eps=config.norm_eps)
         self.gradient_checkpointing = False
         self._keep_in_fp32_modules_strict = {name for m in config.mixers or [] for name in MIXERS[m].float32_modules}
         self.post_init()
+
+    def mlp_of(self, mixer: str, kind: str) -> type[nn.Module] | None:
+        """What a layer has behind its mixer, which brings its own where both are shared."""
+        if kind == "none":
+            return None
+        if kind == "sparse":
+            return SparseMLP
+        return SharedMLP if mixer == "shared_attention" else self.mlp_class
 
     @takes_cache_by_either_name
     @merge_with_config_defaults
@@ -392,12 +418,15 @@ class LinearModel(LinearPreTrainedModel):
         # Attention's mask tells documents apart by positions: by those of the boundaries, whatever the caller's are.
         places = position_ids if cu_seqlens is None else positions(x, None, cu_seqlens, None)
         masks = self.make_masks(x, attention_mask, places, past_key_values)
+        # A method, not the block: with a layer's inputs, what has parameters would be moved between devices.
+        shared = None if self.shared_block is None else self.shared_block.product
         for layer, kind in zip(self.layers, self.config.layer_types, strict=True):
             x = layer(
                 x,
                 attention_mask=masks[kind],
                 position_ids=position_ids,
                 cu_seqlens=cu_seqlens,
+                shared=shared if isinstance(layer.mixer, SharedAttention) else None,
                 **{CACHE_NAME: past_key_values},
                 **kwargs,
             )
