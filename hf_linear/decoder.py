@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -23,11 +23,13 @@ from transformers.modeling_layers import (
     GradientCheckpointingLayer,
 )
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
+from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from hf_linear.cache import CACHE_NAME, prepare_cache, takes_cache_by_either_name
+from hf_linear.checkpoints.layout import Layout, check_loaded, layout_of_config, layout_of_weights
 from hf_linear.inputs import (
     check_inputs,
     check_mask,
@@ -84,6 +86,7 @@ class LinearConfig(PreTrainedConfig):
     }
     mixer: ClassVar[str]
     presets: ClassVar[dict[str, dict[str, Any]]] = {}
+    layouts: ClassVar[tuple[Layout, ...]] = ()  # of other libraries, read as they are
     # Fields of flash-linear-attention that are none of ours, each with the one value that means what our models compute.
     foreign: ClassVar[dict[str, Any]] = {"attn": None}
 
@@ -141,6 +144,11 @@ class LinearConfig(PreTrainedConfig):
         if no_positions:  # the base class reads None as its default rotary positions
             self.rope_parameters = None
         self.check_rope()
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> LinearConfig:
+        layout = layout_of_config(cls.layouts, config_dict)
+        return super().from_dict(layout.read_config(config_dict) if layout else config_dict, **kwargs)
 
     @classmethod
     def known_mixers(cls) -> list[str]:
@@ -347,6 +355,26 @@ class LinearPreTrainedModel(PreTrainedModel):
         elif isinstance(module, Experts):  # parameters that are no Linear's
             init.normal_(module.gate_up_proj, std=self.config.initializer_range)
             init.normal_(module.down_proj, std=self.config.initializer_range)
+
+    @staticmethod
+    def _load_pretrained_model(
+        model: LinearPreTrainedModel,
+        state_dict: Mapping[str, Tensor] | None,
+        checkpoint_files: list[str] | None,
+        load_config: LoadStateDictConfig,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """As everywhere; a checkpoint in a layout of `config.layouts` by that layout's table, and then without exceptions."""
+        layout = layout_of_weights(model.config.layouts, state_dict, checkpoint_files)
+        transforms = layout.transforms(model.config) if layout else []
+        load_config = dataclasses.replace(load_config, weight_mapping=[*(load_config.weight_mapping or []), *transforms])
+        loaded = PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs)
+        if layout:
+            check_loaded(layout, transforms, model, loaded[0])
+            # Transformers would save by the table that it loaded by: we save our own layout.
+            model._weight_conversions = [used for used in model._weight_conversions if used not in transforms]
+        return loaded
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:

@@ -6,6 +6,8 @@ from typing import Any, ClassVar
 
 from transformers import GenerationMixin
 
+from hf_linear.checkpoints.fla import FLA
+from hf_linear.checkpoints.layout import Layout
 from hf_linear.decoder import (
     LinearConfig,
     LinearForCausalLM,
@@ -39,6 +41,7 @@ class RetNetConfig(LinearConfig):
         "340M": {"hidden_size": 1024, "num_hidden_layers": 24, "num_heads": 4},
         "1.3B": {"hidden_size": 2048, "num_hidden_layers": 24, "num_heads": 8},
     }
+    layouts: ClassVar[tuple[Layout, ...]] = (FLA(),)
     foreign: ClassVar[dict[str, Any]] = {**LinearConfig.foreign, "feature_map": None, "use_short_conv": False}
 
     num_heads: int = 8
