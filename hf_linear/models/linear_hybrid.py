@@ -7,6 +7,8 @@ from typing import Any, ClassVar
 
 from transformers import GenerationMixin
 
+from hf_linear.checkpoints.jamba import Jamba
+from hf_linear.checkpoints.layout import Layout
 from hf_linear.decoder import (
     LinearConfig,
     LinearForCausalLM,
@@ -68,6 +70,7 @@ class LinearHybridConfig(LinearConfig):
     model_type = "linear_hybrid"
     mixer = "gla"
     presets: ClassVar[dict[str, dict[str, Any]]] = PRESETS
+    layouts: ClassVar[tuple[Layout, ...]] = (Jamba(),)
 
     num_heads: int = 16
     pattern: str | None = None
