@@ -100,6 +100,12 @@ EITHER = "change either"
         ("time_step_max = 0.1", "got 0.2", "leave"),
     ),
     state_size=("hybrid-mamba", {"mixer_options": {"mamba": {"state_size": 0}}}, ("state_size", "1 or more", "got 0")),
+    n_groups=("hybrid-mamba2", {"mixer_options": {"mamba2": {"n_groups": 3}}}, ("num_heads = 2", "got 3", EITHER)),
+    time_step_limit=(
+        "hybrid-mamba2",
+        {"mixer_options": {"mamba2": {"time_step_limit": [1.0, 0.1]}}},
+        ("0 <= least <= largest", "got [1.0, 0.1]", "leave"),
+    ),
     num_inner_mlps=("hyena", {"num_inner_mlps": -1}, ("num_inner_mlps", "0 or more", "got -1")),
     no_layer=("gla", {"num_hidden_layers": 0}, ("num_hidden_layers", "1 or more", "got 0")),
     no_mlp=("gla", {"intermediate_size": None, "hidden_ratio": 0}, ("intermediate_size", "1 or more", "got 0")),

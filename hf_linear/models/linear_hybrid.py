@@ -17,7 +17,7 @@ from hf_linear.decoder import (
 from hf_linear.models.gla import GLAConfig
 from hf_linear.models.hyena import HyenaConfig
 from hf_linear.models.linear_attention import LinearAttentionConfig
-from hf_linear.models.mamba import MambaLayerConfig
+from hf_linear.models.mamba import Mamba2LayerConfig, MambaLayerConfig
 from hf_linear.models.retnet import RetNetConfig
 
 LETTERS = {
@@ -26,6 +26,7 @@ LETTERS = {
     "L": "linear_attention",
     "H": "hyena",
     "M": "mamba",
+    "N": "mamba2",
     "A": "attention",
     "S": "sliding_attention",
 }
@@ -35,6 +36,7 @@ MIXER_CONFIGS: dict[str, type[LinearConfig]] = {
     "linear_attention": LinearAttentionConfig,
     "hyena": HyenaConfig,
     "mamba": MambaLayerConfig,
+    "mamba2": Mamba2LayerConfig,
 }
 SHARED = (
     "hidden_size",
@@ -53,7 +55,7 @@ class LinearHybridConfig(LinearConfig):
 
     Args:
         pattern: one letter a layer, repeated over the depth: G gla, R retention, L linear_attention, H hyena, M mamba,
-            A attention, S sliding_attention. "GGGA" is three GLA layers to one of attention.
+            N mamba2, A attention, S sliding_attention. "GGGA" is three GLA layers to one of attention.
         mixer_options: fields of the mixers' own configs that differ from their defaults, by mixer:
             {"gla": {"expand_k": 1.0}, "hyena": {"hyena_order": 3}}.
     """
