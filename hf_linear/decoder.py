@@ -43,6 +43,7 @@ from hf_linear.mixers import MIXERS
 from hf_linear.mixers.attention import Attention, Product
 from hf_linear.mixers.hyena import HyenaFilter
 from hf_linear.mixers.mamba import Mamba
+from hf_linear.mixers.mamba2 import Mamba2
 from hf_linear.mixers.shared_attention import SharedAttention, SharedBlock, SharedMLP
 from hf_linear.modules.loss import linear_cross_entropy, share_of_labels
 from hf_linear.modules.mlp import GatedMLP
@@ -352,6 +353,10 @@ class LinearPreTrainedModel(PreTrainedModel):
             init.copy_(module.A_log, module.initial_A_log(module.D.numel()))
             init.ones_(module.D)
             init.copy_(module.dt_proj.bias, module.initial_dt_bias())
+        elif isinstance(module, Mamba2):
+            init.copy_(module.A_log, module.initial_A_log())
+            init.ones_(module.D)
+            init.copy_(module.dt_bias, module.initial_dt_bias())
         elif isinstance(module, Experts):  # parameters that are no Linear's
             init.normal_(module.gate_up_proj, std=self.config.initializer_range)
             init.normal_(module.down_proj, std=self.config.initializer_range)

@@ -44,16 +44,17 @@ JAMBA = {
     "use_conv_bias": False,
     "use_bias": True,
 }
+MAMBA2 = {"num_heads": 4, "state_size": 6, "n_groups": 2, "conv_kernel": 3, "use_bias": True, "time_step_limit": [0.2, 2.0]}
 SLIDING = {"sliding_window": 8, "rope_parameters": ROPE}
 EVERY_MIXER = {
-    "pattern": "GRLHMAS",
-    "num_hidden_layers": 7,
-    "mixer_options": {"gla": {"use_short_conv": True}, "hyena": SMALL_HYENA},
+    "pattern": "GRLHMNAS",
+    "num_hidden_layers": 8,
+    "mixer_options": {"gla": {"use_short_conv": True}, "hyena": SMALL_HYENA, "mamba2": {"state_size": 16}},
     **SLIDING,
 }
 SHARED = {
     "pattern": "MZZ",
-    "mlp_pattern": "NDD",
+    "mlp_pattern": "-DD",
     "num_hidden_layers": 3,
     "num_heads": 4,
     "num_kv_heads": 2,
@@ -93,6 +94,7 @@ CONFIGS: dict[str, tuple[str, dict]] = {
     "hybrid-sliding": ("linear_hybrid", {"pattern": "RS", "mixer_options": {"retention": TORCHSCALE}, **SLIDING}),
     "hybrid-mamba": ("linear_hybrid", {"pattern": "MMA", "num_hidden_layers": 3}),
     "hybrid-jamba": ("linear_hybrid", {"pattern": "MMMA", "num_hidden_layers": 4, "mixer_options": {"mamba": JAMBA}}),
+    "hybrid-mamba2": ("linear_hybrid", {"pattern": "NNA", "num_hidden_layers": 3, "mixer_options": {"mamba2": MAMBA2}}),
     "hybrid-every-mixer": ("linear_hybrid", EVERY_MIXER),
     "hybrid-sparse": ("linear_hybrid", SPARSE),
     "hybrid-shared": ("linear_hybrid", SHARED),

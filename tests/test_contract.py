@@ -402,6 +402,7 @@ COMPILED = {
     "gla-conv-kv-phi": {"num_hidden_layers": 1},
     "linear-softmax": {"num_hidden_layers": 1},
     "hyena-order3": {"num_hidden_layers": 1},
+    "hybrid-mamba2": {"num_hidden_layers": 1, "pattern": "N"},
     "hybrid-sliding": {},
     "hybrid-rope": {"num_hidden_layers": 2, "pattern": "GA"},
 }
@@ -497,7 +498,7 @@ def test_bfloat16(name, origin, tmp_path):
     else:
         model = AutoModelForCausalLM.from_config(tiny_config(name), dtype=torch.bfloat16)
     assert model.dtype == torch.bfloat16
-    wide = re.compile(r"\.implicit_filter\.|\.mixer\.(A_log|D)$")
+    wide = re.compile(r"\.implicit_filter\.|\.mixer\.(A_log|D|dt_bias)$")
     assert {p.dtype for n, p in model.named_parameters() if not wide.search(n)} == {torch.bfloat16}
     assert filter_dtypes(model) <= {torch.float32}
     x = ids(2, 70)

@@ -14,6 +14,7 @@ from hf_linear.mixers.gla import GatedLinearAttention
 from hf_linear.mixers.hyena import Hyena
 from hf_linear.mixers.linear_attention import LinearAttention
 from hf_linear.mixers.mamba import Mamba
+from hf_linear.mixers.mamba2 import Mamba2
 from hf_linear.mixers.retention import Retention
 from hf_linear.mixers.shared_attention import SharedAttention
 
@@ -26,6 +27,7 @@ MIXERS: dict[str, type[Attention] | type[RecurrentMixer]] = {
     "gla": GatedLinearAttention,
     "hyena": Hyena,
     "mamba": Mamba,
+    "mamba2": Mamba2,
 }
 
 __all__ = ["MIXERS"]

@@ -82,7 +82,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     # all its sites share, with adapters of rank 128. Mamba-1 as in Zamba; the block does not read the embeddings again.
     "zamba": {
         "pattern": "MMMMMMZ",
-        "mlp_pattern": "NNNNNND",
+        "mlp_pattern": "------D",
         "num_hidden_layers": 63,
         "hidden_size": 2560,
         "num_heads": 32,

@@ -21,7 +21,7 @@ from hf_linear.models.gla import GLAConfig
 from hf_linear.models.hybrid_presets import PRESETS
 from hf_linear.models.hyena import HyenaConfig
 from hf_linear.models.linear_attention import LinearAttentionConfig
-from hf_linear.models.mamba import MambaLayerConfig
+from hf_linear.models.mamba import Mamba2LayerConfig, MambaLayerConfig
 from hf_linear.models.retnet import RetNetConfig
 
 LETTERS = {
@@ -30,17 +30,19 @@ LETTERS = {
     "L": "linear_attention",
     "H": "hyena",
     "M": "mamba",
+    "N": "mamba2",
     "A": "attention",
     "S": "sliding_attention",
     "Z": "shared_attention",
 }
-MLP_LETTERS = {"D": "dense", "S": "sparse", "N": "none"}
+MLP_LETTERS = {"D": "dense", "S": "sparse", "-": "none"}
 MIXER_CONFIGS: dict[str, type[LinearConfig]] = {
     "gla": GLAConfig,
     "retention": RetNetConfig,
     "linear_attention": LinearAttentionConfig,
     "hyena": HyenaConfig,
     "mamba": MambaLayerConfig,
+    "mamba2": Mamba2LayerConfig,
 }
 SHARED = (
     "hidden_size",
@@ -59,8 +61,8 @@ class LinearHybridConfig(LinearConfig):
 
     Args:
         pattern: one letter a layer, repeated over the depth: G gla, R retention, L linear_attention, H hyena, M mamba,
-            A attention, S sliding_attention, Z shared_attention. "GGGA" is three GLA layers to one of attention.
-        mlp_pattern: the same for `mlp_layer_types`: D dense, S sparse, N none. "DS" makes every second layer sparse.
+            N mamba2, A attention, S sliding_attention, Z shared_attention. "GGGA" is three GLA layers to one of attention.
+        mlp_pattern: the same for `mlp_layer_types`: D dense, S sparse, - none. "DS" makes every second layer sparse.
         adapter_rank: rank of what the layers called shared_attention have of their own, in each product of their attention
             and MLP; all else of these is one block.
         mixer_options: fields of the mixers' own configs that differ from their defaults, by mixer:
