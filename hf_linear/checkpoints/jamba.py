@@ -6,6 +6,7 @@ the first is written. What older configs say besides is read by Transformers' ow
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -28,6 +29,12 @@ MAMBA_FIELDS = {
     "mamba_conv_bias": "use_conv_bias",
     "mamba_proj_bias": "use_bias",
 }
+# Labels and the like, which every config may have; what is in these says nothing about layers.
+OF_ANY_MODEL = {field.name for field in dataclasses.fields(PreTrainedConfig)} - {
+    "architectures",
+    "dtype",
+    "transformers_version",
+}
 # The one value that means what our models compute.
 ONLY: dict[str, Any] = {"hidden_act": "silu", "sliding_window": None}
 # What their models have and ours may have otherwise.
@@ -43,7 +50,8 @@ NAMES = {
     "final_layernorm.": r"(?<!\w)norm.",
     ".input_layernorm.": ".mixer_norm.",
     ".pre_ff_layernorm.": ".mlp_norm.",
-    ".feed_forward.": ".mlp.",
+    # All but the keys of single experts, whose converters below say their whole way.
+    ".feed_forward.(?!experts.[0-9])": ".mlp.",
     ".mlp.router.": ".mlp.router.proj.",
 }
 
@@ -69,6 +77,9 @@ class Jamba(Layout):
         mixers = ["mamba" if kind == "mamba" else "attention" for kind in theirs.layers_block_type]
         mlps = ["sparse" if experts > 1 else "dense" for experts in theirs.layers_num_experts]
         return {
+            "model_type": "linear_hybrid",
+            **{name: getattr(theirs, name) for name in OF_ANY_MODEL & fields.keys()},
+            "dtype": theirs.dtype,
             **{name: getattr(theirs, name) for name in SAME},
             **{ours: getattr(theirs, name) for name, ours in FIELDS.items()},
             "head_dim": getattr(theirs, "head_dim", None),
@@ -77,23 +88,20 @@ class Jamba(Layout):
             "num_experts": theirs.num_experts if "sparse" in mlps else 0,
             "norm_topk_prob": False,
             "mixer_options": {"mamba": mamba} if "mamba" in mixers else None,
-            "dtype": theirs.dtype,
         }
 
     def write_config(self, config: PreTrainedConfig) -> dict[str, Any]:
-        sparse = [kind == "sparse" for kind in config.mlp_layer_types]
-        expected = EXPECTED | (EXPECTED_OF_EXPERTS if any(sparse) else {})
-        if any(sparse):
-            expected["moe_intermediate_size"] = config.intermediate_size
-        if config.head_dim * config.num_heads != config.hidden_size:
-            expected["head_dim"] = config.hidden_size // config.num_heads
+        attention_period, attention_offset = every("mixers", config.mixers, "attention", "mamba")
+        expert_period, expert_offset = every("mlp_layer_types", config.mlp_layer_types, "sparse", "dense")
+        sparse, mamba = "sparse" in config.mlp_layer_types, config.for_mixer("mamba")
+        expected = EXPECTED | {"head_dim": config.hidden_size // config.num_heads}
+        if sparse:
+            expected |= EXPECTED_OF_EXPERTS | {"moe_intermediate_size": config.intermediate_size}
         for name, wanted in expected.items():
             refuse_unless(name, getattr(config, name), wanted)
-        mamba = config.for_mixer("mamba")
-        for name, wanted in {"inner_layernorms": True, "norm_eps": config.norm_eps}.items():
-            refuse_unless(f"{name} of mamba", getattr(mamba, name), wanted)
-        attention_period, attention_offset = every([mixer == "attention" for mixer in config.mixers])
-        expert_period, expert_offset = every(sparse) if any(sparse) else (2, 1)
+        if "mamba" in config.mixers:
+            refuse_unless("inner_layernorms of mamba", mamba.inner_layernorms, True)
+            refuse_unless("norm_eps of mamba", mamba.norm_eps, config.norm_eps)
         theirs = JambaConfig(
             **{name: getattr(config, name) for name in SAME},
             **{name: getattr(config, ours) for name, ours in FIELDS.items()},
@@ -102,14 +110,11 @@ class Jamba(Layout):
             attn_layer_offset=attention_offset,
             expert_layer_period=expert_period,
             expert_layer_offset=expert_offset,
-            num_experts=config.num_experts if any(sparse) else 1,
+            num_experts=config.num_experts if sparse else 1,
             dtype=config.dtype,
             architectures=["JambaForCausalLM"],
         )
-        read = self.read_config(theirs.to_dict())
-        for name in ("mixers", "mlp_layer_types"):
-            refuse_unless(name, getattr(config, name), read[name])
-        return theirs.to_dict()
+        return theirs.to_diff_dict()
 
     def has_weights(self, keys: Collection[str]) -> bool:
         return any(".pre_ff_layernorm." in key for key in keys)
@@ -117,7 +122,7 @@ class Jamba(Layout):
     def transforms(self, config: PreTrainedConfig) -> list[WeightTransform]:
         kinds = {"mamba": "mamba", "attention": "self_attn"}
         mixers = {f"layers.{i}.{kinds[mixer]}.": f"layers.{i}.mixer." for i, mixer in enumerate(config.mixers)}
-        experts = "mlp.experts.*."
+        experts = "feed_forward.experts.*."
         return [
             *renamings(NAMES | mixers),
             WeightConverter(
@@ -129,13 +134,13 @@ class Jamba(Layout):
         ]
 
 
-def every(chosen: list[bool]) -> tuple[int, int]:
-    """The period and the offset of the chosen layers, if they have one; what they are is looked at afterwards."""
-    places = [i for i, x in enumerate(chosen) if x]
-    if not places:
-        return len(chosen) + 1, len(chosen)
-    period = places[1] - places[0] if len(places) > 1 else len(chosen)
-    return period, min(places[0], period - 1)
+def every(field: str, layers: list[str], kind: str, other: str) -> tuple[int, int]:
+    """The period and the offset of the layers of one kind among those of another; none are at an offset beyond the depth."""
+    places = [i for i, layer in enumerate(layers) if layer == kind] or [len(layers)]
+    period = places[1] - places[0] if len(places) > 1 else max(len(layers), places[0] + 1)
+    offset = places[0] % period
+    refuse_unless(field, layers, [kind if i % period == offset else other for i in range(len(layers))])
+    return period, offset
 
 
 def refuse_unless(name: str, value: Any, wanted: Any) -> None:

@@ -8,7 +8,8 @@ from typing import Any, ClassVar
 from transformers import GenerationMixin
 
 from hf_linear.checkpoints.jamba import Jamba
-from hf_linear.checkpoints.layout import Layout
+from hf_linear.checkpoints.layout import Layout, layout_of_config
+from hf_linear.checkpoints.refused import check_model_type
 from hf_linear.decoder import (
     LinearConfig,
     LinearForCausalLM,
@@ -110,6 +111,19 @@ class LinearHybridConfig(LinearConfig):
             options = cls.presets.get(name, {}).get("mixer_options", {})
             overrides["mixer_options"] = {m: o for m, o in options.items() if m in [LETTERS.get(x) for x in letters]}
         return super().from_preset(name, **overrides)
+
+    @classmethod
+    def get_config_dict(cls, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        """As everywhere, and read here already where it is another layout's: Transformers warns of its model type."""
+        fields, rest = super().get_config_dict(*args, **kwargs)
+        layout = layout_of_config(cls.layouts, fields)
+        return layout.read_config(fields) if layout else fields, rest
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> LinearConfig:
+        if layout_of_config(cls.layouts, config_dict) is None:
+            check_model_type(config_dict, cls.model_type)
+        return super().from_dict(config_dict, **kwargs)
 
     def follow(self, field: str, letters: dict[str, str], listed: str) -> None:
         """Fill the list of a name for each layer from a pattern, where there is one."""
