@@ -61,6 +61,10 @@ class LinearConfig(PreTrainedConfig):
         head_dim: width of an attention head; None for hidden_size / num_heads.
         attention_output_gate: multiply what attention's heads give by sigmoid(W x).
         use_qk_norm: normalise the heads of attention's queries and keys.
+        attention_multiplier: what attention's scores are multiplied by; None for head_dim ** -0.5.
+        embedding_multiplier: what the embeddings are multiplied by.
+        residual_multiplier: what mixers and MLPs give is multiplied by before it is added.
+        logits_scaling: what the logits are divided by.
         rope_parameters: rotary positions of attention layers, as everywhere in Transformers; None for no positions.
         sliding_window: tokens that a sliding attention layer sees.
         mixers: the mixer of each layer, by name; None for the family's own in every layer.
@@ -106,6 +110,10 @@ class LinearConfig(PreTrainedConfig):
     attention_bias: bool = False
     attention_output_gate: bool = False
     use_qk_norm: bool = False
+    attention_multiplier: float | int | None = None
+    embedding_multiplier: float | int = 1.0
+    residual_multiplier: float | int = 1.0
+    logits_scaling: float | int = 1.0
     rope_parameters: dict | None = None
     sliding_window: int | None = None
     mixers: list[str] | None = None
@@ -138,6 +146,8 @@ class LinearConfig(PreTrainedConfig):
         sizes = ("vocab_size", "hidden_size", "num_hidden_layers", "head_dim", "intermediate_size", "max_position_embeddings")
         self.check_least(**dict.fromkeys(sizes, 1))
         self.check_choice("hidden_act", ACT2FN)
+        if self.logits_scaling <= 0:
+            raise ValueError(f"logits_scaling must be above 0, got {self.logits_scaling}: leave it out for no scaling")
         self.set_layers()
         self.set_experts()
         no_positions = self.rope_parameters is None and "rope_theta" not in kwargs and "rope_scaling" not in kwargs
@@ -301,6 +311,7 @@ class DecoderLayer(GradientCheckpointingLayer):
         self, config: LinearConfig, layer_idx: int, mixer: str, norm: type[nn.Module], mlp: type[nn.Module] | None
     ) -> None:
         super().__init__()
+        self.residual_multiplier = config.residual_multiplier
         self.mixer_norm = norm(config.hidden_size, eps=config.norm_eps)
         self.mixer = MIXERS[mixer](config.for_mixer(mixer), layer_idx)
         self.mlp_norm = None if mlp is None else norm(config.hidden_size, eps=config.norm_eps)
@@ -310,10 +321,16 @@ class DecoderLayer(GradientCheckpointingLayer):
         site = {} if shared is None else {"shared": shared}
         x, normed = add_norm(x, None, self.mixer_norm)
         y, _ = self.mixer(normed, past_key_values=kwargs.pop(CACHE_NAME, None), **site, **kwargs)
+        y = times(y, self.residual_multiplier)
         if self.mlp is None or self.mlp_norm is None:
             return x + y
         x, normed = add_norm(x, y, self.mlp_norm)
-        return x + self.mlp(normed, **site)
+        return x + times(self.mlp(normed, **site), self.residual_multiplier)
+
+
+def times(x: Tensor, factor: float) -> Tensor:
+    """x * factor, without a pass for nothing."""
+    return x if factor == 1 else x * factor
 
 
 class LinearPreTrainedModel(PreTrainedModel):
@@ -451,6 +468,7 @@ class LinearModel(LinearPreTrainedModel):
         # Attention's mask tells documents apart by positions: by those of the boundaries, whatever the caller's are.
         places = position_ids if cu_seqlens is None else positions(x, None, cu_seqlens, None)
         masks = self.make_masks(x, attention_mask, places, past_key_values)
+        x = self.first_hidden_states(x)
         # A method, not the block: with a layer's inputs, what has parameters would be moved between devices.
         shared = None if self.shared_block is None else self.shared_block.product
         for layer, kind in zip(self.layers, self.config.layer_types, strict=True):
@@ -464,6 +482,10 @@ class LinearModel(LinearPreTrainedModel):
                 **kwargs,
             )
         return MoeModelOutputWithPast(last_hidden_state=self.norm(x), **{CACHE_NAME: past_key_values})
+
+    def first_hidden_states(self, embeddings: Tensor) -> Tensor:
+        """What the first layer reads."""
+        return times(embeddings, self.config.embedding_multiplier)
 
     def make_masks(
         self, x: Tensor, attention_mask: Tensor | dict | None, position_ids: Tensor, past_key_values: Cache | None
@@ -532,12 +554,13 @@ class LinearForCausalLM(LinearPreTrainedModel, GenerationMixin):
             **kwargs,
         )
         loss = logits = aux_loss = None
+        hidden_states = times(outputs.last_hidden_state, 1 / self.config.logits_scaling)
         known = {name: kwargs.get(name) for name in ("num_items_in_batch", "shift_labels")}
         if labels is not None and self.training and self.config.fuse_linear_cross_entropy:
-            loss = linear_cross_entropy(outputs.last_hidden_state, self.lm_head, labels, **known)
+            loss = linear_cross_entropy(hidden_states, self.lm_head, labels, **known)
         else:
             keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            logits = self.lm_head(outputs.last_hidden_state[:, keep])
+            logits = self.lm_head(hidden_states[:, keep])
             if labels is not None:
                 loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         if outputs.router_logits:

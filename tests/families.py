@@ -103,10 +103,11 @@ CONFIGS: dict[str, tuple[str, dict]] = {
 FEW_EXPERTS = {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 PRESETS: dict[str, dict] = {
     "jamba": {"num_hidden_layers": 8, "num_kv_heads": 1, **FEW_EXPERTS},
+    "granite-4": {"num_hidden_layers": 10, "num_kv_heads": 1, "mixer_options": {"mamba2": {"state_size": 8}}, **FEW_EXPERTS},
     "qwen3-next": {"num_hidden_layers": 4, "num_kv_heads": 1, "head_dim": 16, "mixer_options": None, **FEW_EXPERTS},
     "minimax": {"num_hidden_layers": 8, "num_kv_heads": 1, "head_dim": 8, "mixer_options": None, **FEW_EXPERTS},
     "samba": {"num_hidden_layers": 4, "sliding_window": 8},
-    "zamba": {"num_hidden_layers": 7, "adapter_rank": 3},
+    "zamba": {"num_hidden_layers": 7, "adapter_rank": 3, "mixer_options": {"mamba2": {"state_size": 8}}},
 }
 FAMILIES = {"gla": "GLA", "retnet": "RetNet", "linear_attention": "LinearAttention", "hyena": "Hyena"}
 FAMILIES["linear_hybrid"] = "LinearHybrid"

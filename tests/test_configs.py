@@ -140,6 +140,10 @@ SHARED = {
     "attention_bias": True,
     "attention_output_gate": True,
     "use_qk_norm": True,
+    "attention_multiplier": 0.5,
+    "embedding_multiplier": 12,
+    "residual_multiplier": 0.25,
+    "logits_scaling": 6,
     "fuse_linear_cross_entropy": True,
     "mlp_layer_types": ["sparse", "dense", "sparse"],
     "num_experts": 6,
@@ -285,8 +289,8 @@ def test_preset(cls, name, millions):
 
 @pytest.mark.parametrize(
     "name, billions",
-    # As published but for zamba, which has Mamba-1 and one block to its two of 2.7.
-    [("jamba", 51.6), ("qwen3-next", 80.0), ("minimax", 456.1), ("samba", 0.4216), ("zamba", 2.48)],
+    # As published, but for zamba: one block, not two, and it is half as wide without the embeddings beside its input.
+    [("jamba", 51.6), ("granite-4", 32.2), ("qwen3-next", 80.0), ("minimax", 456.1), ("samba", 0.4216), ("zamba", 2.41)],
 )
 def test_preset_of_a_hybrid(name, billions):
     """As large as the model that it is named after, and in two of its periods the same layers in turn."""
@@ -308,7 +312,7 @@ def test_plan_of_jamba():
     assert config.rope_parameters is None and config.for_mixer("mamba").inner_layernorms
 
 
-@pytest.mark.parametrize("letter", "GRLHM")
+@pytest.mark.parametrize("letter", "GRLHMN")
 def test_any_mixer_takes_the_linear_slots(letter):
     """Of a preset, its pattern can be another; the options of mixers that are gone go with them."""
     config = tiny_config("jamba", pattern=f"{letter}A", num_hidden_layers=4)

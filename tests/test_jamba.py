@@ -205,9 +205,9 @@ def test_what_a_short_config_leaves_out_is_theirs():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"sliding_window": 2048}, "sliding_window of a Jamba must be None, got 2048"),
-        ({"hidden_act": "gelu"}, "hidden_act of a Jamba must be 'silu', got 'gelu'"),
-        ({"mamba_n_groups": 2}, r"mamba_\* of a Jamba must be of .*got \['mamba_n_groups'\]"),
+        ({"sliding_window": 2048}, "sliding_window of a jamba must be None, got 2048"),
+        ({"hidden_act": "gelu"}, "hidden_act of a jamba must be 'silu', got 'gelu'"),
+        ({"mamba_n_groups": 2}, r"mamba_\* of a jamba must be of .*got \['mamba_n_groups'\]"),
         ({"model_type": "zamba2"}, "model_type must be 'linear_hybrid' .*got 'zamba2', and its shared block .*opens it"),
         ({"model_type": "llama"}, "model_type must be 'linear_hybrid' .*got 'llama', and nothing here .*opens it"),
     ],
@@ -222,7 +222,7 @@ def test_config_that_is_not_here(fields, message, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"norm_topk_prob": True}, "norm_topk_prob must be False to be written as a Jamba, got True"),
+        ({"norm_topk_prob": True}, "norm_topk_prob must be False to be written as a jamba, got True"),
         ({"num_shared_experts": 1}, "num_shared_experts must be 0"),
         ({"moe_intermediate_size": 24}, "moe_intermediate_size must be 48 .*got 24"),
         ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}, "rope_parameters must be None"),

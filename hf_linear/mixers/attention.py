@@ -50,7 +50,7 @@ class Attention(AttentionWeights):
         self.config, self.layer_idx = config, layer_idx
         self.head_dim = config.head_dim
         self.num_key_value_groups = config.num_heads // config.num_kv_heads
-        self.scaling = self.head_dim**-0.5
+        self.scaling = self.head_dim**-0.5 if config.attention_multiplier is None else config.attention_multiplier
         if config.use_qk_norm:
             self.q_norm = RMSNorm(self.head_dim, eps=config.norm_eps)
             self.k_norm = RMSNorm(self.head_dim, eps=config.norm_eps)

@@ -26,6 +26,28 @@ PRESETS: dict[str, dict[str, Any]] = {
         "pad_token_id": 0,
         "mixer_options": {"mamba": {"inner_layernorms": True}},
     },
+    # Granite-4.0-H-Small, 32B: 9:1 Mamba-2, attention in layer 5 of 10 without positions, many small experts beside shared
+    # ones, and its multipliers.
+    "granite-4": {
+        "pattern": "NNNNNANNNN",
+        "num_hidden_layers": 40,
+        "hidden_size": 4096,
+        "num_heads": 32,
+        "num_kv_heads": 8,
+        "attention_multiplier": 1 / 128,
+        "embedding_multiplier": 12,
+        "residual_multiplier": 0.22,
+        "logits_scaling": 16,
+        "num_experts": 72,
+        "num_experts_per_tok": 10,
+        "moe_intermediate_size": 768,
+        "num_shared_experts": 2,
+        "norm_eps": 1e-5,
+        "vocab_size": 100352,
+        "max_position_embeddings": 131072,
+        "tie_word_embeddings": True,
+        "mixer_options": {"mamba2": {"num_heads": 128}},
+    },
     # Qwen3-Next-80B-A3B: 3:1, gated attention with normalised q and k of which a quarter turns. GLA with as large a state
     # stands in for its gated delta rule; the shared expert has no gate.
     "qwen3-next": {
@@ -78,10 +100,11 @@ PRESETS: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 4096,
         "tie_word_embeddings": True,
     },
-    # Zamba2-2.7B (arXiv 2411.15242): after every six Mamba layers without an MLP, one block of attention and MLP whose weights
-    # all its sites share, with adapters of rank 128. Mamba-1 as in Zamba; the block does not read the embeddings again.
+    # Zamba2-2.7B (arXiv 2411.15242): after every six Mamba-2 layers without an MLP, a block of attention and MLP. All its sites
+    # share its weights, but for adapters of rank 128, here in all its products. Theirs are two blocks in turn, which also read
+    # the embeddings.
     "zamba": {
-        "pattern": "MMMMMMZ",
+        "pattern": "NNNNNNZ",
         "mlp_pattern": "------D",
         "num_hidden_layers": 63,
         "hidden_size": 2560,
@@ -89,9 +112,9 @@ PRESETS: dict[str, dict[str, Any]] = {
         "intermediate_size": 10240,
         "hidden_act": "gelu",
         "adapter_rank": 128,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
         "norm_eps": 1e-5,
         "max_position_embeddings": 4096,
         "tie_word_embeddings": True,
+        "mixer_options": {"mamba2": {"num_heads": 80, "num_kv_heads": 80, "state_size": 64}},
     },
 }

@@ -7,6 +7,8 @@ from typing import Any, ClassVar
 
 from transformers import GenerationMixin
 
+from hf_linear.checkpoints.bamba import Bamba
+from hf_linear.checkpoints.granite import GraniteHybrid
 from hf_linear.checkpoints.jamba import Jamba
 from hf_linear.checkpoints.layout import Layout, layout_of_config
 from hf_linear.checkpoints.refused import check_model_type
@@ -73,7 +75,7 @@ class LinearHybridConfig(LinearConfig):
     model_type = "linear_hybrid"
     mixer = "gla"
     presets: ClassVar[dict[str, dict[str, Any]]] = PRESETS
-    layouts: ClassVar[tuple[Layout, ...]] = (Jamba(),)
+    layouts: ClassVar[tuple[Layout, ...]] = (Jamba(), Bamba(), GraniteHybrid())
 
     num_heads: int = 16
     pattern: str | None = None
