@@ -1,37 +1,30 @@
-"""Jamba's checkpoints as `linear_hybrid` models, and back: which way, the config.json of what is read says.
+"""Jamba, and the other hybrids of Transformers that we read, written as ours; or ours written as theirs.
 
-    python -m conversion.jamba --checkpoint AI21-Jamba2-Mini --output my-jamba --verify
-    python -m conversion.jamba --checkpoint my-jamba --output my-jamba-in-their-layout --verify
+    python -m conversion.jamba --checkpoint ai21labs/AI21-Jamba2-Mini --output my-jamba --verify
+    python -m conversion.jamba --checkpoint my-jamba --output my-jamba-for-transformers --to jamba --verify
 
-To use a Jamba nothing need be converted: LinearHybridForCausalLM.from_pretrained opens it as it is.
+Reading needs no conversion: LinearHybridForCausalLM.from_pretrained opens what Transformers wrote. `--checkpoint` is a folder,
+or a name on the Hub.
 """
 
-import argparse
 from pathlib import Path
 
-from transformers import AutoTokenizer, PreTrainedConfig
+from huggingface_hub import snapshot_download
 
 from conversion import output
 from hf_linear import LinearHybridForCausalLM
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", required=True, help="a folder or a repository of the Hub, Jamba's or ours")
-    parser.add_argument("--output", type=Path, required=True, help="a folder to be made")
-    parser.add_argument("--verify", action="store_true", help="open the output and compare it with what was read")
+    parser = output.argument_parser(__doc__)
+    theirs = ["jamba", "bamba", "granite_hybrid"]
+    parser.add_argument("--to", choices=["ours", *theirs], default="ours", help="the layout to write")
     arguments = parser.parse_args(argv)
-    if arguments.output.exists():
-        raise FileExistsError(f"--output must not exist yet, got {arguments.output}: take another name, or remove it")
-    fields, _ = PreTrainedConfig.get_config_dict(arguments.checkpoint)
-    layout = None if fields.get("model_type") == "jamba" else "jamba"
-    model = LinearHybridForCausalLM.from_pretrained(arguments.checkpoint, dtype="auto")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(arguments.checkpoint)
-    except (OSError, ValueError) as error:
-        print(f"no tokenizer is written: {error}")
-        tokenizer = None
-    output.write(model, tokenizer, arguments.output, arguments.verify, layout)
+    output.check_absent(arguments.output)
+    source = arguments.checkpoint if arguments.checkpoint.is_dir() else Path(snapshot_download(str(arguments.checkpoint)))
+    model = LinearHybridForCausalLM.from_pretrained(source)
+    layout = None if arguments.to == "ours" else arguments.to
+    output.write(model, source, arguments.output, arguments.verify, layout)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
@@ -158,8 +158,13 @@ class LinearConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> LinearConfig:
+        """As everywhere; a config.json in a foreign layout gives the config of the family that it is here."""
         layout = layout_of_config(cls.layouts, config_dict)
-        return super().from_dict(layout.read_config(config_dict) if layout else config_dict, **kwargs)
+        if layout is None:
+            return super().from_dict(config_dict, **kwargs)
+        fields = layout.read_config(config_dict)
+        family = cls if fields["model_type"] == cls.model_type else CONFIG_MAPPING[fields["model_type"]]
+        return family.from_dict(fields, **kwargs)
 
     @classmethod
     def known_mixers(cls) -> list[str]:

@@ -81,7 +81,7 @@ CONFIGS: dict[str, tuple[str, dict]] = {
     "gla-no-gate": ("gla", {"use_output_gate": False, "elementwise_affine": False, "expand_k": 0.75, "num_heads": 4}),
     "retnet": ("retnet", {}),
     "retnet-torchscale": ("retnet", TORCHSCALE),
-    "retnet-kv": ("retnet", {"num_heads": 4, "num_kv_heads": 2, "use_output_gate": False}),
+    "retnet-kv": ("retnet", {"num_heads": 4, "num_kv_heads": 2, "use_output_gate": False, "feature_map": "silu"}),
     "linear-elu": ("linear_attention", {"feature_map": "elu"}),
     "linear-relu-kv": ("linear_attention", {"feature_map": "relu", "num_heads": 4, "num_kv_heads": 2}),
     "linear-identity": ("linear_attention", {"feature_map": "identity", "expand_k": 0.5}),

@@ -176,6 +176,7 @@ GLA = {
 RETNET = {
     "expand_k": 0.5,
     "expand_v": 1.5,
+    "feature_map": "relu",
     "use_output_gate": False,
     "elementwise_affine": False,
     "retention_norm": "decay",

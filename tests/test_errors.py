@@ -82,7 +82,7 @@ EITHER = "change either"
     no_keys=("linear-elu", {"expand_k": 0}, ("expand_k = 0", "got 2", EITHER)),
     expand_v=("linear-elu", {"expand_v": 0.3}, ("expand_v = 9", "got 2", EITHER)),
     odd_keys_cannot_turn=("retnet", {"expand_k": 3 / 16}, ("2 * num_heads", "expand_k = 6", "got 4", EITHER)),
-    feature_map=("gla", {"feature_map": "exp"}, ("feature_map", "'elu', 'identity'", GOT("exp"))),
+    feature_map=("gla", {"feature_map": "exp"}, ("feature_map", "'elu'", "'identity'", GOT("exp"))),
     feature_map_of_linear_attention=("linear-elu", {"feature_map": "exp"}, ("feature_map", "'elu'", GOT("exp"))),
     retention_norm=("retnet", {"retention_norm": "abs"}, ("retention_norm", "'decay', 'none'", GOT("abs"))),
     rope_style=("retnet", {"rope_style": "gptj"}, ("rope_style", "'half', 'interleaved'", GOT("gptj"))),
@@ -137,7 +137,7 @@ EITHER = "change either"
     fla_attention=("gla", {"attn": {"layers": [1], "num_heads": 2}}, ("None", "got {'layers'", "`mixers`")),
     fla_no_decay=("gla", {"use_gk": False}, ("use_gk", "True", "got False", "flash-linear-attention")),
     fla_value_decay=("gla", {"use_gv": True}, ("use_gv", "False", "got True", "flash-linear-attention")),
-    fla_feature_map=("retnet", {"feature_map": "relu"}, ("None", GOT("relu"), "flash-linear-attention")),
+    feature_map_of_retnet=("retnet", {"feature_map": "exp"}, ("feature_map", "'elu'", GOT("exp"))),
     fla_short_conv=("retnet", {"use_short_conv": True}, ("False", "got True", "flash-linear-attention")),
 )
 def test_config(name, options, parts):

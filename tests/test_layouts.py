@@ -42,7 +42,7 @@ def test_written_back_on_request(ours, theirs):
     assert "model.layers.0.attn.g_norm_swish_gate.weight" in keys and "model.embeddings.weight" in keys
     assert not any("mixer" in key for key in keys)
     assert same(AutoModelForCausalLM.from_pretrained(theirs), ours)
-    with pytest.raises(ValueError, match=r"layout of a gla must be one of \['fla'\], got 'flax'"):
+    with pytest.raises(ValueError, match=r"layout of a gla must be one of \['fla', 'fla-2024'\], got 'flax'"):
         save(ours, theirs, "flax")
 
 

@@ -9,9 +9,9 @@ from transformers import GraniteMoeHybridConfig, PreTrainedConfig
 from transformers.core_model_loading import Chunk, WeightConverter, WeightTransform
 
 from hf_linear.checkpoints.layout import renamings
-from hf_linear.checkpoints.transformers_hybrid import ATTENTION, MAMBA2_FIELDS, MAMBA2_ONLY, SAME, TransformersHybrid
+from hf_linear.checkpoints.transformers_hybrid import MAMBA2_FIELDS, MAMBA2_ONLY, SAME, TransformersHybrid
 
-MULTIPLIERS = ("embedding_multiplier", "residual_multiplier", "logits_scaling")
+SCALES = ("embedding_multiplier", "residual_multiplier", "logits_scaling")
 
 
 class GraniteHybrid(TransformersHybrid):
@@ -20,10 +20,12 @@ class GraniteHybrid(TransformersHybrid):
     config_class = GraniteMoeHybridConfig
     architecture = "GraniteMoeHybridForCausalLM"
     mixer = "mamba2"
-    same = (*SAME, *MULTIPLIERS, "num_experts_per_tok", "output_router_logits", "router_aux_loss_coef")
+    same = (*SAME, *SCALES, "num_experts_per_tok", "output_router_logits", "router_aux_loss_coef")
     mixer_fields: Mapping[str, str] = MAMBA2_FIELDS
     only: Mapping[str, Any] = MAMBA2_ONLY
-    expected: Mapping[str, Any] = ATTENTION
+    expected: Mapping[str, Any] = {
+        name: value for name, value in TransformersHybrid.expected.items() if name not in (*SCALES, "attention_multiplier")
+    }
     names: Mapping[str, str] = {
         ".input_layernorm.": ".mixer_norm.",
         ".post_attention_layernorm.": ".mlp_norm.",

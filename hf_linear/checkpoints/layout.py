@@ -19,6 +19,15 @@ from transformers.utils import CONFIG_NAME
 from transformers.utils.loading_report import LoadStateDictInfo
 
 HEADS = ("lm_head.", "score.")
+# Fields of ours that few models set, with the values that mean nothing: a layout without words for one refuses all others.
+PLAIN = {
+    "attention_output_gate": False,
+    "use_qk_norm": False,
+    "attention_multiplier": None,
+    "embedding_multiplier": 1,
+    "residual_multiplier": 1,
+    "logits_scaling": 1,
+}
 
 
 class Layout:
@@ -124,8 +133,12 @@ def save(model: PreTrainedModel, folder: str | Path, name: str, **kwargs: Any) -
     known = {layout.name: layout for layout in reversed(model.config.layouts)}  # of one name, the first writes
     if name not in known:
         raise ValueError(f"the layout of a {model.config.model_type} must be one of {sorted(known)}, got {name!r}")
+    if hasattr(model, "score"):
+        raise ValueError(
+            f"a model for {name} must be a language model, got {type(model).__name__}: save what it was made from, or ours"
+        )
     layout = known[name]
-    fields = layout.write_config(model.config)
+    fields = layout.write_config(model.config) | {"dtype": str(model.dtype).removeprefix("torch.")}
     ours = getattr(model, "_weight_conversions", None)
     model._weight_conversions = layout.transforms(model.config)
     try:

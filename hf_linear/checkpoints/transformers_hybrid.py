@@ -10,7 +10,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 from transformers.core_model_loading import WeightTransform
 
-from hf_linear.checkpoints.layout import Layout, renamings
+from hf_linear.checkpoints.layout import PLAIN, Layout, renamings
 
 SAME = (
     *("vocab_size", "hidden_size", "num_hidden_layers", "max_position_embeddings", "initializer_range"),
@@ -29,14 +29,6 @@ MAMBA2_FIELDS = {
     "mamba_conv_bias": "use_conv_bias",
     "mamba_proj_bias": "use_bias",
     "time_step_limit": "time_step_limit",
-}
-# Of ours, what their attention and MLPs are, and what few of them multiply by.
-ATTENTION = {"hidden_act": "silu", "attention_bias": False, "attention_output_gate": False, "use_qk_norm": False}
-NO_MULTIPLIERS = {
-    "attention_multiplier": None,
-    "embedding_multiplier": 1,
-    "residual_multiplier": 1,
-    "logits_scaling": 1,
 }
 # Norms of several groups are one norm in the oldest Transformers we support, and several in the newest.
 MAMBA2_ONLY = {"hidden_act": "silu", "attention_bias": False, "mamba_n_groups": 1}
@@ -62,7 +54,7 @@ class TransformersHybrid(Layout):
     same: tuple[str, ...] = SAME
     mixer_fields: Mapping[str, str]
     only: Mapping[str, Any]
-    expected: Mapping[str, Any] = {**ATTENTION, **NO_MULTIPLIERS}
+    expected: Mapping[str, Any] = {**PLAIN, "hidden_act": "silu", "attention_bias": False}
     names: Mapping[str, str]
 
     def has_config(self, fields: Mapping[str, Any]) -> bool:

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 from transformers import GenerationMixin
 
-from hf_linear.checkpoints.fla import FLA
+from hf_linear.checkpoints import fla
 from hf_linear.checkpoints.layout import Layout
 from hf_linear.decoder import (
     LinearConfig,
@@ -40,7 +40,7 @@ class GLAConfig(LinearConfig):
         "340M": {"hidden_size": 1024, "num_hidden_layers": 24, "num_heads": 4},
         "1.3B": {"hidden_size": 2048, "num_hidden_layers": 24, "num_heads": 4},
     }
-    layouts: ClassVar[tuple[Layout, ...]] = (FLA(),)
+    layouts: ClassVar[tuple[Layout, ...]] = fla.LAYOUTS
     foreign: ClassVar[dict[str, Any]] = {**LinearConfig.foreign, "use_gk": True, "use_gv": False}
 
     expand_k: float | int = 0.5

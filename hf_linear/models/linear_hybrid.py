@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 from transformers import GenerationMixin
 
+from hf_linear.checkpoints import fla
 from hf_linear.checkpoints.bamba import Bamba
 from hf_linear.checkpoints.granite import GraniteHybrid
 from hf_linear.checkpoints.jamba import Jamba
@@ -75,7 +76,7 @@ class LinearHybridConfig(LinearConfig):
     model_type = "linear_hybrid"
     mixer = "gla"
     presets: ClassVar[dict[str, dict[str, Any]]] = PRESETS
-    layouts: ClassVar[tuple[Layout, ...]] = (Jamba(), Bamba(), GraniteHybrid())
+    layouts: ClassVar[tuple[Layout, ...]] = (*fla.LAYOUTS, Jamba(), Bamba(), GraniteHybrid())
 
     num_heads: int = 16
     pattern: str | None = None
