@@ -31,6 +31,9 @@ def bytes_after(config: LinearHybridConfig, lengths: Iterable[int]) -> list[int]
     layers: that of a sliding window keeps what the window covers.
     """
     sizes, seen = [], 1
+    # MLPs remember nothing, and are most of what there would be to make.
+    mlps = ["dense" if mixer == "shared_attention" else "none" for mixer in config.mixers]
+    config = LinearHybridConfig(**{**config.to_dict(), "mlp_pattern": None, "mlp_layer_types": mlps})
     with torch.device("meta"):
         model = LinearHybridModel(config).to(torch.bfloat16)
         cache = model(torch.zeros(1, 1, dtype=torch.long), past_key_values=DynamicCache(config=config)).past_key_values
@@ -54,20 +57,26 @@ def transformer_like(config: LinearHybridConfig) -> LinearHybridConfig:
 def in_units(size: float) -> str:
     for unit in ("B", "KiB", "MiB"):
         if size < 1024:
-            return f"{size:.3g} {unit}"
+            break
         size /= 1024
-    return f"{size:.3g} GiB"
+    else:
+        unit = "GiB"
+    return f"{size:.3g} {unit}" if size < 1000 else f"{size:.0f} {unit}"
 
 
 def table() -> str:
+    """A row a preset, from one period of its pattern: every other is the same."""
     rows = [["preset", "a token", "fixed", *LENGTHS, *(f"Transformer, {length}" for length in LENGTHS)]]
     rows.append(["---"] * len(rows[0]))
     for name in LinearHybridConfig.presets:
-        config = LinearHybridConfig.from_preset(name)
-        sizes = bytes_after(config, LENGTHS.values())
+        whole = LinearHybridConfig.from_preset(name)
+        period = LinearHybridConfig.from_preset(name, num_hidden_layers=len(whole.pattern))
+        repeats = whole.num_hidden_layers // period.num_hidden_layers
+        sizes, plain = (
+            [repeats * size for size in bytes_after(config, LENGTHS.values())] for config in (period, transformer_like(period))
+        )
         a_token = (sizes[1] - sizes[0]) // (LENGTHS["32K"] - LENGTHS["4K"])
         fixed = sizes[0] - a_token * LENGTHS["4K"]
-        plain = bytes_after(transformer_like(config), LENGTHS.values())
         rows.append([f"`{name}`", *map(in_units, [a_token, fixed, *sizes, *plain])])
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 

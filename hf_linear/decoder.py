@@ -62,10 +62,10 @@ class LinearConfig(PreTrainedConfig):
         attention_output_gate: multiply what attention's heads give by sigmoid(W x).
         use_qk_norm: normalise the heads of attention's queries and keys.
         attention_multiplier: what attention's scores are multiplied by; None for head_dim ** -0.5.
-        embedding_multiplier: what the embeddings are multiplied by.
         residual_multiplier: what mixers and MLPs give is multiplied by before it is added.
         logits_scaling: what the logits are divided by.
         rope_parameters: rotary positions of attention layers, as everywhere in Transformers; None for no positions.
+        embedding_multiplier: what embeddings are multiplied by; sqrt(hidden_size) in models of fairseq.
         sliding_window: tokens that a sliding attention layer sees.
         mixers: the mixer of each layer, by name; None for the family's own in every layer.
         layer_types: Transformers' words for the mixers; follows from `mixers`, and stands in for it when given alone.
@@ -107,11 +107,11 @@ class LinearConfig(PreTrainedConfig):
     max_position_embeddings: int = 2048
     norm_eps: float = 1e-6
     initializer_range: float = 0.02
+    embedding_multiplier: float | int = 1.0
     attention_bias: bool = False
     attention_output_gate: bool = False
     use_qk_norm: bool = False
     attention_multiplier: float | int | None = None
-    embedding_multiplier: float | int = 1.0
     residual_multiplier: float | int = 1.0
     logits_scaling: float | int = 1.0
     rope_parameters: dict | None = None
@@ -473,7 +473,7 @@ class LinearModel(LinearPreTrainedModel):
         # Attention's mask tells documents apart by positions: by those of the boundaries, whatever the caller's are.
         places = position_ids if cu_seqlens is None else positions(x, None, cu_seqlens, None)
         masks = self.make_masks(x, attention_mask, places, past_key_values)
-        x = self.first_hidden_states(x)
+        x = times(x, self.config.embedding_multiplier)
         # A method, not the block: with a layer's inputs, what has parameters would be moved between devices.
         shared = None if self.shared_block is None else self.shared_block.product
         for layer, kind in zip(self.layers, self.config.layer_types, strict=True):
@@ -487,10 +487,6 @@ class LinearModel(LinearPreTrainedModel):
                 **kwargs,
             )
         return MoeModelOutputWithPast(last_hidden_state=self.norm(x), **{CACHE_NAME: past_key_values})
-
-    def first_hidden_states(self, embeddings: Tensor) -> Tensor:
-        """What the first layer reads."""
-        return times(embeddings, self.config.embedding_multiplier)
 
     def make_masks(
         self, x: Tensor, attention_mask: Tensor | dict | None, position_ids: Tensor, past_key_values: Cache | None
