@@ -54,14 +54,10 @@ def transformer_like(config: LinearHybridConfig) -> LinearHybridConfig:
     return LinearHybridConfig(**{**config.to_dict(), **plain})
 
 
-def in_units(size: float) -> str:
-    for unit in ("B", "KiB", "MiB"):
-        if size < 1024:
-            break
-        size /= 1024
-    else:
-        unit = "GiB"
-    return f"{size:.3g} {unit}" if size < 1000 else f"{size:.0f} {unit}"
+def in_units(size: int) -> str:
+    power = min(max(size.bit_length() - 1, 0) // 10, 3)
+    number = size / 1024**power
+    return f"{float(f'{number:.3g}'):g} {('B', 'KiB', 'MiB', 'GiB')[power]}"
 
 
 def table() -> str:
