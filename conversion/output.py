@@ -68,12 +68,13 @@ def write(
 @torch.no_grad()
 def proof(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> str:
     """Open what was written as a user does: the tensors must be those that were read, and the logits finite."""
-    opened = AutoModelForCausalLM.from_pretrained(folder)
-    read, found = model.state_dict(), opened.state_dict()
+    opened = AutoModelForCausalLM.from_pretrained(folder)  # in the layout of another's model, that model
+    again = opened if type(opened) is type(model) else type(model).from_pretrained(folder)
+    read, found = model.state_dict(), again.state_dict()
     differing = [key for key in read.keys() | found.keys() if key not in found or not torch.equal(read[key], found[key])]
     assert not differing, f"written and read again, these differ: {differing}"
     ids = some_tokens(model)
-    logits, expected = opened(ids).logits.float(), model(ids).logits.float()
+    logits, expected = opened(ids, use_cache=False).logits.float(), model(ids, use_cache=False).logits.float()
     assert logits.isfinite().all(), f"logits of {ids.shape[1]} random tokens are not finite"
     if tokenizer is not None:
         assert AutoTokenizer.from_pretrained(folder).get_vocab() == tokenizer.get_vocab(), "the tokenizer came back changed"

@@ -11,7 +11,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 from transformers.core_model_loading import Chunk, WeightConverter, WeightTransform
 
-from hf_linear.checkpoints.layout import Layout, renamings
+from hf_linear.checkpoints.layout import PLAIN, Layout, renamings
 
 # --- Configs ---------------------------------------------------------------------------------------------------------
 
@@ -149,7 +149,7 @@ def foreign_fields(config: PreTrainedConfig) -> dict[str, Any]:
     names = {ours: theirs for theirs, ours in reversed(FEATURE_MAPS[family].items())}
     wanted = {name: [value] for name, value in CONSTANT[family].items()}
     wanted |= {"hidden_act": ["silu", "swish"], "feature_map": list(names), "num_experts": [0]}
-    wanted |= {"embedding_multiplier": [1], "use_embedding_norm": [False]}
+    wanted |= {"mlp_layer_types": [["dense"] * config.num_hidden_layers], **{name: [value] for name, value in PLAIN.items()}}
     if family == "gla":
         wanted["head_norm_eps"] = [own.norm_eps]
     attn = attn_entries(config)

@@ -22,6 +22,16 @@ from transformers.utils import CONFIG_NAME
 from transformers.utils.loading_report import LoadStateDictInfo
 
 HEADS = ("lm_head.", "score.")
+# Fields of ours that few models set, with the values that mean nothing: a layout without words for one refuses all others.
+PLAIN = {
+    "attention_output_gate": False,
+    "use_qk_norm": False,
+    "attention_multiplier": None,
+    "embedding_multiplier": 1,
+    "use_embedding_norm": False,
+    "residual_multiplier": 1,
+    "logits_scaling": 1,
+}
 
 
 class Layout:
