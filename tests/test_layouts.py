@@ -104,6 +104,11 @@ def test_tied_weights_are_saved_once(theirs, tmp_path):
         ("model.layers.1.attn.g_norm_swish_gate.weight", None, "missing key {}, wanted with the shape [16]"),
         ("lm_head.weight", None, "missing key {}"),
         ("model.layers.1.attn.h_conv1d.weight", torch.ones(1), "unexpected key {}"),
+        (
+            "model.layers.1.attn.g_norm.weight",
+            torch.ones(16),
+            "{} and 'model.layers.1.attn.g_norm_swish_gate.weight' are one tensor",
+        ),
         ("model.layers.1.attn.q_proj.weight", torch.ones(3, 2), "{} must have the shape [16, 32], got [3, 2]"),
     ],
 )
