@@ -1,6 +1,7 @@
 """Layouts of other libraries: read by Transformers' loader, written back on request, and never in part."""
 
 import json
+import pickle
 import re
 
 import pytest
@@ -71,6 +72,21 @@ def test_every_road_of_the_loader(form, ours, theirs, tmp_path):
         assert torch.equal(model(ids).logits, ours.eval()(ids).logits)
     else:
         assert same(model, ours.to(options.get("dtype", torch.float32)))
+
+
+class Code:
+    """A pickle of it calls print."""
+
+    def __reduce__(self):
+        return print, ("this ran",)
+
+
+def test_a_pickle_runs_no_code(theirs, capsys):
+    torch.save({**load_file(theirs / "model.safetensors"), "extra": Code()}, theirs / "pytorch_model.bin")
+    (theirs / "model.safetensors").unlink()
+    with pytest.raises(pickle.UnpicklingError, match="weights_only"):
+        AutoModelForCausalLM.from_pretrained(theirs)
+    assert "this ran" not in capsys.readouterr().out
 
 
 def test_every_writer_writes_ours(ours, theirs, tmp_path):
