@@ -143,7 +143,6 @@ SHARED = {
     "attention_output_gate": True,
     "use_qk_norm": True,
     "attention_multiplier": 0.5,
-    "embedding_multiplier": 12,
     "residual_multiplier": 0.25,
     "logits_scaling": 6,
     "fuse_linear_cross_entropy": True,
