@@ -129,7 +129,11 @@ def bind_checked(name: str, mixer: nn.Module) -> None:
     if mixer.activation != "silu":
         raise ValueError(f"{name} must have the activation silu, got {mixer.activation}: others have no fast form")
     w = mixer.conv1d.weight
-    x = torch.randn(2, 9, mixer.hidden_size, generator=torch.Generator().manual_seed(0)).to(w.device, w.dtype)
+    device = getattr(getattr(mixer, "_hf_hook", None), "execution_device", None)  # of weights that are elsewhere until used
+    device = w.device if device is None else torch.device(device)
+    if device.type == "meta":
+        raise ValueError(f"{name} must have its weights, got the meta device: load them first")
+    x = torch.randn(2, 9, mixer.hidden_size, generator=torch.Generator().manual_seed(0)).to(device, w.dtype)
     original = mixer(x)
     bind(mixer, forward_of_mixer)
     error = ((mixer(x) - original).abs().max() / original.abs().max()).item()

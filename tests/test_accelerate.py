@@ -7,7 +7,8 @@ import io
 import pytest
 import torch
 import transformers
-from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_submodules
+from accelerate import cpu_offload
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from families import ids, spread_parameters
 from torch import Tensor, nn
 from transformers import DataCollatorWithFlattening, DynamicCache, PreTrainedModel
@@ -212,29 +213,34 @@ def test_bfloat16(name):
     assert (found.float() - wanted).square().mean() < 2 * own
 
 
-def test_hooks_of_the_accelerate_package():
+@pytest.mark.parametrize("before", [True, False], ids=["hook_first", "hook_last"])
+def test_hooks_of_the_accelerate_package(before):
     """Its hooks keep working, whether they were there before or come after, and so does restoring beneath them."""
-    model, x = tiny("Jamba"), ids(2, 9)
-    expected, calls = logits(model, x), []
+    model, x, calls = tiny("Jamba"), ids(2, 9), []
+    expected, mixer = logits(model, x), model.model.layers[0].mamba
 
     class Counting(AlignDevicesHook):
         def pre_forward(self, module, *args, **kwargs):
             calls.append(module)
             return super().pre_forward(module, *args, **kwargs)
 
-    mixer = model.model.layers[0].mamba
-    for before in (True, False):
-        if not before:
-            hf_linear.accelerate(model)
+    if before:
         add_hook_to_module(mixer, Counting())
-        hf_linear.accelerate(model)
-        calls.clear()
-        assert 0 < difference(logits(model, x), expected) < ROUNDING
-        assert calls == [mixer]
-        hf_linear.restore(model)
-        assert torch.equal(logits(model, x), expected)
-        remove_hook_from_submodules(model)
-        vars(mixer).pop("forward", None)  # what the package leaves behind
+    hf_linear.accelerate(model)
+    if not before:
+        add_hook_to_module(mixer, Counting())
+    calls.clear()
+    assert 0 < difference(logits(model, x), expected) < ROUNDING
+    assert calls == [mixer]
+    assert torch.equal(logits(hf_linear.restore(model), x), expected)
+
+
+def test_offloaded_weights():
+    model, x = tiny("Jamba"), ids(2, 9)
+    expected = logits(model, x)
+    cpu_offload(model, execution_device="cpu")
+    assert model.model.layers[0].mamba.A_log.is_meta
+    assert 0 < difference(logits(hf_linear.accelerate(model), x), expected) < ROUNDING
 
 
 # --- Errors ----------------------------------------------------------------------------------------------------------
@@ -265,6 +271,7 @@ def other_weights() -> nn.Module:
         (no_mamba_layer, r"layers of \['BambaMixer',.*got GLAForCausalLM without"),
         (changed_forward, r"model\.layers\.2\.mamba must have the forward of its class"),
         (lambda: tiny("Jamba", hidden_act="gelu"), r"model\.layers\.0\.mamba must have the activation silu, got gelu"),
+        (lambda: tiny("Jamba").to("meta"), r"model\.layers\.0\.mamba must have its weights, got the meta device"),
         (other_weights, r"model\.layers\.2\.mamba must agree with its original, got a difference of \d\.\de"),
     ],
 )
