@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import TINY, ids, logits, tiny_model
+from families import ROPE, TINY, ids, logits, tiny_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -82,10 +82,18 @@ def test_goes_back_bit_by_bit(path, tmp_path):
     assert a == b
 
 
-@pytest.mark.parametrize("name", ["gla-conv-kv-phi", "gla-no-gate", "retnet-kv", "hybrid-rope"])
-def test_ours_there_and_back(name, tmp_path):
-    """Models that fla never wrote; of those whose attention has the heads of the rest, too."""
-    model = tiny_model(name)
+@pytest.mark.parametrize(
+    "name, plain",
+    [
+        ("gla-conv-kv-phi", {"output_gate_bias": False}),
+        ("gla-no-gate", {"head_norm": "rms"}),
+        ("retnet-kv", {}),
+        ("hybrid-nope", {"num_kv_heads": 2, "rope_parameters": ROPE}),
+    ],
+)
+def test_ours_there_and_back(name, plain, tmp_path):
+    """Models that fla never wrote, without what it has no word for; of those whose attention has the heads of the rest, too."""
+    model = tiny_model(name, **plain)
     save(model, tmp_path / "theirs", "fla")
     assert "attn_norm" in str(list(load_file(tmp_path / "theirs" / "model.safetensors")))
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "theirs", dtype=model.dtype).eval()
