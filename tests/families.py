@@ -53,7 +53,7 @@ EVERY_MIXER = {
     **SLIDING,
 }
 SHARED = {
-    "pattern": "MZZ",
+    "pattern": "GZZ",
     "mlp_pattern": "-DD",
     "num_hidden_layers": 3,
     "num_heads": 4,
