@@ -29,7 +29,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from hf_linear.cache import CACHE_NAME, prepare_cache, takes_cache_by_either_name
-from hf_linear.checkpoints.layout import Layout, check_loaded, layout_of_config, layout_of_weights
+from hf_linear.checkpoints.layout import Layout, check_loaded, layout_of_config, layout_of_weights, read_keys
 from hf_linear.inputs import (
     check_inputs,
     check_mask,
@@ -163,7 +163,8 @@ class LinearConfig(PreTrainedConfig):
         if layout is None:
             return super().from_dict(config_dict, **kwargs)
         fields = layout.read_config(config_dict)
-        family = cls if fields["model_type"] == cls.model_type else CONFIG_MAPPING[fields["model_type"]]
+        model_type = fields.get("model_type", cls.model_type)
+        family = cls if model_type == cls.model_type else CONFIG_MAPPING[model_type]
         return family.from_dict(fields, **kwargs)
 
     @classmethod
@@ -393,12 +394,13 @@ class LinearPreTrainedModel(PreTrainedModel):
         **kwargs: Any,
     ) -> Any:
         """As everywhere; a checkpoint in a layout of `config.layouts` by that layout's table, and then without exceptions."""
-        layout = layout_of_weights(model.config.layouts, state_dict, checkpoint_files)
+        keys = read_keys(state_dict, checkpoint_files) if model.config.layouts else []
+        layout = layout_of_weights(model.config.layouts, keys)
         transforms = layout.transforms(model.config) if layout else []
         load_config = dataclasses.replace(load_config, weight_mapping=[*(load_config.weight_mapping or []), *transforms])
         loaded = PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs)
         if layout:
-            check_loaded(layout, transforms, model, loaded[0])
+            check_loaded(layout, transforms, model, keys, loaded[0])
             # Transformers would save by the table that it loaded by: we save our own layout.
             model._weight_conversions = [used for used in model._weight_conversions if used not in transforms]
         return loaded

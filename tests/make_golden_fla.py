@@ -20,7 +20,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
-from triton.runtime.autotuner import Autotuner
 
 GOLDEN = Path(__file__).parent / "golden"
 IDS = torch.arange(26).reshape(2, 13) * 7 % 32
@@ -54,14 +53,15 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-def first_configuration(kernel: Autotuner, *args: Any, **kwargs: Any) -> Any:
+def first_configuration(kernel: Any, *args: Any, **kwargs: Any) -> Any:
     return kernel.fn.run(*args, **{**kwargs, **kernel.configs[0].all_kwargs()})
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool, window_size: tuple[int, int]) -> Tensor:
     """flash_attn_func: the last query sees the last key, and `window_size[0]` more to the left of it, -1 for all."""
     assert causal
-    distance = torch.arange(k.shape[1]) - torch.arange(q.shape[1])[:, None] - (k.shape[1] - q.shape[1])
+    last = k.shape[1] - q.shape[1]
+    distance = torch.arange(k.shape[1], device=q.device) - torch.arange(q.shape[1], device=q.device)[:, None] - last
     seen = distance <= 0
     if window_size[0] >= 0:
         seen &= distance >= -window_size[0]
@@ -78,16 +78,18 @@ def attend_packed(q: Tensor, k: Tensor, v: Tensor, *, cu_seqlens_q: Tensor, cu_s
 
 
 @torch.no_grad()
-def draw(model: nn.Module) -> None:
-    """Weights that make every term of the model count."""
-    torch.manual_seed(0)
+def draw(model: nn.Module, gain: float = 1.5) -> None:
+    """Weights that make every term of the model count; of a dozen seeds, the one by which rounding counts least (8e-6)."""
+    torch.manual_seed(2)
     for name, p in model.named_parameters():
         if name.endswith("norm.weight") or "g_norm" in name:
             p.copy_(1 + 0.3 * torch.randn_like(p))
-        elif "embeddings" in name or p.dim() == 1:
+        elif "embeddings" in name:  # the head too, where it is tied
+            p.normal_(std=0.3)
+        elif p.dim() == 1:
             p.normal_()
         else:
-            p.normal_(std=1.5 * p[0].numel() ** -0.5)
+            p.normal_(std=gain * p[0].numel() ** -0.5)
 
 
 @torch.no_grad()
@@ -113,9 +115,11 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--fla", type=Path, required=True)
     sys.path.insert(0, str(parser.parse_args().fla))
-    Autotuner.run = first_configuration
     import fla.layers.attn
     import fla.models
+    from triton.runtime.autotuner import Autotuner
+
+    Autotuner.run = first_configuration
 
     fla.layers.attn.flash_attn_func, fla.layers.attn.flash_attn_varlen_func = attend, attend_packed
     for name in CASES:

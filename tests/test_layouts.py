@@ -1,6 +1,7 @@
 """Layouts of other libraries: read by Transformers' loader, written back on request, and never in part."""
 
 import json
+import pickle
 import re
 
 import pytest
@@ -73,6 +74,21 @@ def test_every_road_of_the_loader(form, ours, theirs, tmp_path):
         assert same(model, ours.to(options.get("dtype", torch.float32)))
 
 
+class Code:
+    """A pickle of it calls print."""
+
+    def __reduce__(self):
+        return print, ("this ran",)
+
+
+def test_a_pickle_runs_no_code(theirs, capsys):
+    torch.save({**load_file(theirs / "model.safetensors"), "extra": Code()}, theirs / "pytorch_model.bin")
+    (theirs / "model.safetensors").unlink()
+    with pytest.raises(pickle.UnpicklingError, match="weights_only"):
+        AutoModelForCausalLM.from_pretrained(theirs)
+    assert "this ran" not in capsys.readouterr().out
+
+
 def test_every_writer_writes_ours(ours, theirs, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(theirs)
     model.save_pretrained(tmp_path / "saved")
@@ -104,6 +120,11 @@ def test_tied_weights_are_saved_once(theirs, tmp_path):
         ("model.layers.1.attn.g_norm_swish_gate.weight", None, "missing key {}, wanted with the shape [16]"),
         ("lm_head.weight", None, "missing key {}"),
         ("model.layers.1.attn.h_conv1d.weight", torch.ones(1), "unexpected key {}"),
+        (
+            "model.layers.1.attn.g_norm.weight",
+            torch.ones(16),
+            "{} and 'model.layers.1.attn.g_norm_swish_gate.weight' are one tensor",
+        ),
         ("model.layers.1.attn.q_proj.weight", torch.ones(3, 2), "{} must have the shape [16, 32], got [3, 2]"),
     ],
 )

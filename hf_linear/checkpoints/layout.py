@@ -8,10 +8,12 @@ A family's config names its layouts in `layouts`; the decoder asks here which of
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.core_model_loading import WeightConverter, WeightRenaming, WeightTransform, rename_source_key
 from transformers.modeling_utils import load_state_dict
@@ -46,7 +48,10 @@ class Layout:
         return False
 
     def read_config(self, fields: Mapping[str, Any]) -> dict[str, Any]:
-        """Their config.json in our fields; a value that means a model which is not here is an error."""
+        """Their config.json in our fields; a value that means a model which is not here is an error.
+
+        The `model_type` may be another family's, whose config is what opens then.
+        """
         raise NotImplementedError
 
     def write_config(self, config: PreTrainedConfig) -> dict[str, Any]:
@@ -76,27 +81,42 @@ def layout_of_config(layouts: Iterable[Layout], fields: Mapping[str, Any]) -> La
     return next((layout for layout in layouts if layout.has_config(fields)), None)
 
 
-def layout_of_weights(layouts: Collection[Layout], state_dict: Mapping | None, files: list[str] | None) -> Layout | None:
-    """The layout that a checkpoint is in, from its keys alone; None for our own."""
-    if not layouts:
-        return None
-    keys = state_dict or {key for file in files or [] for key in load_state_dict(file, map_location="meta")}
+def layout_of_weights(layouts: Iterable[Layout], keys: Collection[str]) -> Layout | None:
+    """The layout that a checkpoint with these keys is in; None for our own."""
     return next((layout for layout in layouts if layout.has_weights(keys)), None)
 
 
-def check_loaded(layout: Layout, transforms: list[WeightTransform], model: PreTrainedModel, info: LoadStateDictInfo) -> None:
-    """Whatever Transformers found wrong is an error, where it would draw weights anew with a warning.
+def read_keys(state_dict: Mapping[str, Tensor] | None, files: list[str] | None) -> Collection[str]:
+    """The keys of a checkpoint, of its files' headers where it is not in memory."""
+    return state_dict or {key for file in files or [] for key in load_state_dict(file, map_location="meta")}
+
+
+def check_loaded(
+    layout: Layout,
+    transforms: list[WeightTransform],
+    model: PreTrainedModel,
+    keys: Collection[str],
+    info: LoadStateDictInfo,
+) -> None:
+    """Whatever Transformers found wrong is an error, where it would draw weights anew with a warning, or take one of two.
 
     Heads are looser: a new `score` may be missing or of another shape, and so may a tied `lm_head`; a head that the model has
     no place for is left out.
     """
     drawn = ("score.", "lm_head.") if model.config.tie_word_embeddings else ("score.",)
     shapes = {key: list(x.shape) for key, x in model.state_dict().items()}
+    back = [transform.reverse_transform() for transform in reversed(transforms)]
+    origins = defaultdict(list)
+    for key in sorted(keys):
+        name, pattern = rename(key, transforms)
+        if pattern is None:  # what a converter takes together comes from several
+            origins[name].append(key)
 
     def theirs(key: str) -> str:
-        return repr(foreign_key(key, transforms))
+        return repr(rename(key, back, reverse=True)[0])
 
     problems = [f"{theirs(key)} could not be converted: {error}" for key, error in sorted(info.conversion_errors.items())]
+    problems += [f"{' and '.join(map(repr, several))} are one tensor here" for several in origins.values() if len(several) > 1]
     problems += [
         f"missing key {theirs(key)}, wanted with the shape {shapes[key]}"
         for key in sorted(info.missing_keys)
@@ -116,12 +136,11 @@ def check_loaded(layout: Layout, transforms: list[WeightTransform], model: PreTr
         )
 
 
-def foreign_key(key: str, transforms: list[WeightTransform]) -> str:
-    """What one of our keys is called by a table."""
-    back = [transform.reverse_transform() for transform in reversed(transforms)]
-    renames = [transform for transform in back if isinstance(transform, WeightRenaming)]
-    converters = [transform for transform in back if isinstance(transform, WeightConverter)]
-    return rename_source_key(key, renames, converters, reverse=True)[0]
+def rename(key: str, transforms: list[WeightTransform], reverse: bool = False) -> tuple[str, str | None]:
+    """What a table makes of a key, and the pattern of the converter that did, if one did."""
+    names = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
+    converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
+    return rename_source_key(key, names, converters, reverse=reverse)
 
 
 def save(model: PreTrainedModel, folder: str | Path, name: str, **kwargs: Any) -> None:
