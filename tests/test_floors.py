@@ -15,6 +15,7 @@ FLOORS = {
     "mixers": 3,
     "decoder": 4,
     "checkpoints": 4,
+    "native": 4,
     "models": 5,
 }
 

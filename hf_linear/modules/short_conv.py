@@ -21,11 +21,22 @@ class ShortConv(nn.Conv1d):
         self, x: Tensor, mask: Tensor | None = None, cu_seqlens: Tensor | None = None, state: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Returns y [B, T, D] and the state [B, kernel_size - 1, D]: the last real inputs of every row."""
-        w, options = self.weight.squeeze(1), {"activation": self.activation}
-        if mask is None:
-            return short_conv(x, w, self.bias, initial_state=state, cu_seqlens=cu_seqlens, **options)
-        W = w.shape[1]
-        past = x.new_zeros(x.shape[0], W - 1, x.shape[2]) if state is None else state
-        sequence, place = right_align(mask, past, x)
-        y, state = short_conv(sequence, w, self.bias, **options)
-        return take(y, place), state
+        return convolve(self, self.activation, x, mask, cu_seqlens, state)
+
+
+def convolve(
+    conv: nn.Conv1d,
+    activation: Literal["silu"] | None,
+    x: Tensor,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    state: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """What `ShortConv` returns, by the parameters of any depthwise nn.Conv1d."""
+    w = conv.weight.squeeze(1)
+    if mask is None:
+        return short_conv(x, w, conv.bias, activation=activation, initial_state=state, cu_seqlens=cu_seqlens)
+    past = x.new_zeros(x.shape[0], w.shape[1] - 1, x.shape[2]) if state is None else state
+    sequence, place = right_align(mask, past, x)
+    y, state = short_conv(sequence, w, conv.bias, activation=activation)
+    return take(y, place), state
