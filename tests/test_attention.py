@@ -52,8 +52,8 @@ def test_a_site_is_a_layer_with_the_weights_of_the_block_and_its_adapter():
 
 def test_scores_are_multiplied():
     """attention_multiplier in the place of head_dim ** -0.5: as if the queries were so much longer."""
-    model = tiny_model("hybrid-nope")
-    scaled = spread_parameters(LinearHybridForCausalLM(tiny_config("hybrid-nope", attention_multiplier=3 * 16**-0.5))).double()
+    model = tiny_model("hybrid-rope")
+    scaled = spread_parameters(LinearHybridForCausalLM(tiny_config("hybrid-rope", attention_multiplier=3 * 16**-0.5))).double()
     for layer, kind in zip(model.model.layers, model.config.layer_types, strict=True):
         if kind == "full_attention":
             layer.mixer.q_proj.weight.data *= 3
