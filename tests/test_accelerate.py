@@ -52,14 +52,16 @@ def logits(model: PreTrainedModel, input_ids: Tensor, **kwargs) -> Tensor:
         return model(input_ids, use_cache=False, **kwargs)[0]
 
 
+def cache_name(model: PreTrainedModel) -> str:
+    """What the model calls its cache: before 5.24, Mamba and Mamba-2 had a word of their own."""
+    return "cache_params" if CACHE_NAME != "cache" and type(model).__name__.startswith("Mamba") else CACHE_NAME
+
+
 def in_calls(model: PreTrainedModel, x: Tensor, lengths: list[int]) -> Tensor:
     cache, found = DynamicCache(config=model.config), []
-    name = CACHE_NAME
-    if CACHE_NAME == "past_key_values" and type(model).__name__.startswith("Mamba"):
-        name = "cache_params"  # theirs before 5.24
     with torch.no_grad():
         for part in x.split(lengths, dim=1):
-            found.append(model(part, use_cache=True, **{name: cache})[0])
+            found.append(model(part, use_cache=True, **{cache_name(model): cache})[0])
     return torch.cat(found, 1)
 
 
@@ -116,15 +118,34 @@ def test_generate(name):
     assert torch.equal(model.generate(padded, attention_mask=mask, do_sample=False, **options)[:, 5:], expected)
 
 
+def count(mask: Tensor) -> Tensor:
+    return (mask.cumsum(1) - 1).clamp(min=0)
+
+
 @every_model
-def test_padding(name):
-    """Left padding changes no logits, though projections with a bias and convolutions see it; in one call and in several."""
+def test_left_padding(name):
+    """It changes no logits, though projections with a bias and convolutions see it."""
     model, x = hf_linear.accelerate(tiny(name)), ids(2, 21)
-    expected = logits(model, x)
-    padded, mask = torch.cat([ids(2, 6, seed=3), x], 1), torch.ones(2, 27, dtype=torch.long)
-    mask[:, :6] = 0
-    positions = {} if name.startswith("Mamba") else {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
-    assert difference(logits(model, padded, attention_mask=mask, **positions)[:, 6:], expected) < ROUNDING
+    mask = torch.cat([torch.zeros(2, 6, dtype=torch.long), torch.ones_like(x)], 1)
+    found = logits(model, torch.cat([ids(2, 6, seed=3), x], 1), attention_mask=mask, position_ids=count(mask))
+    assert difference(found[:, 6:], logits(model, x)) < ROUNDING
+
+
+@every_model
+def test_right_padding_and_on(name):
+    """Rows of several lengths, padded on the right, and then continued."""
+    model, more = hf_linear.accelerate(tiny(name)), ids(2, 5, seed=4)
+    rows, cache = [ids(1, 9, seed=5), ids(1, 14, seed=6)], DynamicCache(config=model.config)
+    x = torch.cat([torch.cat([rows[0], torch.zeros(1, 5, dtype=torch.long)], 1), rows[1]])
+    mask = torch.ones(2, 19, dtype=torch.long)
+    mask[0, 9:14] = 0
+    with torch.no_grad():
+        model(x, attention_mask=mask[:, :14], position_ids=count(mask[:, :14]), **{cache_name(model): cache})
+        told = {"attention_mask": mask, "position_ids": count(mask)[:, 14:], cache_name(model): cache}
+        found = model(more, **told)[0]
+    for i, row in enumerate(rows):
+        expected = logits(model, torch.cat([row, more[i : i + 1]], 1))[:, row.shape[1] :]
+        assert difference(found[i : i + 1], expected) < ROUNDING
 
 
 LENGTHS = [1, 2, 17, 30]
@@ -176,7 +197,7 @@ def test_packed_row_with_a_cache():
     model = hf_linear.accelerate(tiny("Mamba"))
     row, more, n = packed_row("input_ids", "position_ids"), ids(1, 4, seed=9), LENGTHS[-1]
     expected = logits(model, torch.cat([ids(n, seed=n)[None], more], 1))[:, n:]
-    name = "cache" if CACHE_NAME == "cache" else "cache_params"
+    name = cache_name(model)
     with torch.no_grad():
         cache = {name: getattr(model(**row, use_cache=True), name)}
         assert difference(model(more, **cache)[0], expected) < ROUNDING
@@ -256,12 +277,10 @@ def changed_forward() -> nn.Module:
     return model
 
 
-def other_weights() -> nn.Module:
-    """A layer whose original does not do what its class does: a bias on its output."""
-    model = tiny("Jamba")
-    norm = model.model.layers[2].mamba.dt_layernorm
-    norm.register_forward_hook(lambda module, args, y: y if torch.is_grad_enabled() else y + next(drift))
-    drift = iter(float(i) for i in range(99))
+def layer_with_a_drift() -> nn.Module:
+    """A layer that does something else at every call."""
+    model, drift = tiny("Jamba"), iter(range(99))
+    model.model.layers[2].mamba.dt_layernorm.register_forward_hook(lambda module, args, y: y + next(drift))
     return model
 
 
@@ -272,7 +291,7 @@ def other_weights() -> nn.Module:
         (changed_forward, r"model\.layers\.2\.mamba must have the forward of its class"),
         (lambda: tiny("Jamba", hidden_act="gelu"), r"model\.layers\.0\.mamba must have the activation silu, got gelu"),
         (lambda: tiny("Jamba").to("meta"), r"model\.layers\.0\.mamba must have its weights, got the meta device"),
-        (other_weights, r"model\.layers\.2\.mamba must agree with its original, got a difference of \d\.\de"),
+        (layer_with_a_drift, r"model\.layers\.2\.mamba must agree with its original, got a difference of \d\.\de"),
     ],
 )
 def test_errors(build, message):
