@@ -82,7 +82,7 @@ CONFIGS: dict[str, tuple[str, dict]] = {
     "hybrid-sliding": ("linear_hybrid", {"pattern": "RS", "mixer_options": {"retention": TORCHSCALE}, **SLIDING}),
     "hybrid-mamba": ("linear_hybrid", {"pattern": "MMA", "num_hidden_layers": 3}),
     "hybrid-jamba": ("linear_hybrid", {"pattern": "MMMA", "num_hidden_layers": 4, "mixer_options": {"mamba": JAMBA}}),
-    "hybrid-mamba2": ("linear_hybrid", {"pattern": "NNA", "num_hidden_layers": 3, "mixer_options": {"mamba2": MAMBA2}}),
+    "hybrid-mamba2": ("linear_hybrid", {"pattern": "NA", "mixer_options": {"mamba2": MAMBA2}}),
     "hybrid-every-mixer": ("linear_hybrid", EVERY_MIXER),
     "hybrid-sparse": ("linear_hybrid", SPARSE),
 }
