@@ -103,13 +103,8 @@ CONFIGS: dict[str, tuple[str, dict]] = {
     "hybrid-nope": ("linear_hybrid", {"pattern": "GGGA", "num_hidden_layers": 4, "num_kv_heads": 1, **GATED}),
     "hybrid-sliding": ("linear_hybrid", {"pattern": "RS", "mixer_options": {"retention": TORCHSCALE}, **SLIDING}),
     "hybrid-mamba": ("linear_hybrid", {"pattern": "MMA", "num_hidden_layers": 3}),
-<<<<<<< HEAD
     "hybrid-jamba": ("linear_hybrid", {"pattern": "MA", "num_hidden_layers": 2, "mixer_options": {"mamba": JAMBA}}),
-    "hybrid-mamba2": ("linear_hybrid", {"pattern": "NNA", "num_hidden_layers": 3, "mixer_options": {"mamba2": MAMBA2}}),
-=======
-    "hybrid-jamba": ("linear_hybrid", {"pattern": "MMMA", "num_hidden_layers": 4, "mixer_options": {"mamba": JAMBA}}),
     "hybrid-mamba2": ("linear_hybrid", {"pattern": "NA", "mixer_options": {"mamba2": MAMBA2}}),
->>>>>>> mamba2
     "hybrid-every-mixer": ("linear_hybrid", EVERY_MIXER),
     "hybrid-sparse": ("linear_hybrid", SPARSE),
     "hybrid-shared": ("linear_hybrid", SHARED),

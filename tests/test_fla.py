@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import ROPE, TINY, ids, logits, tiny_model
+from families import TINY, ids, logits, tiny_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -88,7 +88,7 @@ def test_goes_back_bit_by_bit(path, tmp_path):
         ("gla-conv-kv-phi", {"output_gate_bias": False}),
         ("gla-no-gate", {"head_norm": "rms"}),
         ("retnet-kv", {}),
-        ("hybrid-nope", {"num_kv_heads": 2, "rope_parameters": ROPE}),
+        ("hybrid-rope", {}),
     ],
 )
 def test_ours_there_and_back(name, plain, tmp_path):
