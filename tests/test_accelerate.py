@@ -264,6 +264,14 @@ def test_offloaded_weights():
     assert 0 < difference(logits(hf_linear.accelerate(model), x), expected) < ROUNDING
 
 
+def test_layer_of_zeros():
+    """An output of zeros is its original's too."""
+    model = tiny("Jamba")
+    nn.init.zeros_(model.model.layers[0].mamba.out_proj.weight)
+    nn.init.zeros_(model.model.layers[0].mamba.out_proj.bias)
+    assert native.held(hf_linear.accelerate(model).model.layers[0].mamba) is not None
+
+
 # --- Errors ----------------------------------------------------------------------------------------------------------
 
 
