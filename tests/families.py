@@ -103,7 +103,7 @@ CONFIGS: dict[str, tuple[str, dict]] = {
     "hybrid-nope": ("linear_hybrid", {"pattern": "GGGA", "num_hidden_layers": 4, "num_kv_heads": 1, **GATED}),
     "hybrid-sliding": ("linear_hybrid", {"pattern": "RS", "mixer_options": {"retention": TORCHSCALE}, **SLIDING}),
     "hybrid-mamba": ("linear_hybrid", {"pattern": "MMA", "num_hidden_layers": 3}),
-    "hybrid-jamba": ("linear_hybrid", {"pattern": "MA", "num_hidden_layers": 2, "mixer_options": {"mamba": JAMBA}}),
+    "hybrid-jamba": ("linear_hybrid", {"pattern": "MA", "mixer_options": {"mamba": JAMBA}}),
     "hybrid-mamba2": ("linear_hybrid", {"pattern": "NA", "mixer_options": {"mamba2": MAMBA2}}),
     "hybrid-every-mixer": ("linear_hybrid", EVERY_MIXER),
     "hybrid-sparse": ("linear_hybrid", SPARSE),

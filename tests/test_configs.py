@@ -326,6 +326,13 @@ def test_any_mixer_takes_the_linear_slots(letter):
     assert logits(AutoModelForCausalLM.from_config(config).eval(), ids(1, 9)).isfinite().all()
 
 
+def test_a_preset_with_its_layers_listed():
+    layers = {"mixers": ["mamba2", "attention", "gla"], "mlp_layer_types": ["none", "sparse", "dense"]}
+    config = LinearHybridConfig.from_preset("granite-4", num_hidden_layers=3, **layers)
+    assert (config.mixers, config.mlp_layer_types) == tuple(layers.values()) and config.pattern is None
+    assert config.mixer_options == {"mamba2": {"num_heads": 128}} and config.num_experts == 72
+
+
 @pytest.mark.parametrize("name", PRESETS)
 def test_preset_comes_back(name, tmp_path):
     """Through save_pretrained: every tensor once, those of a shared block too, and the same logits."""

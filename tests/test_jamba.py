@@ -123,6 +123,13 @@ def test_and_back_again(name, tmp_path):
     assert same(LinearHybridForCausalLM.from_pretrained(tmp_path / "ours").state_dict(), ours.state_dict())
 
 
+def test_experts_of_a_layer_in_several_files(tmp_path):
+    theirs, x = jamba("v0.1"), ids(2, 40)
+    theirs.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 10
+    assert close(logits(LinearHybridForCausalLM.from_pretrained(tmp_path), x), logits(theirs, x))
+
+
 def test_a_model_of_ours_becomes_theirs(tmp_path):
     """The preset, never a Jamba before."""
     config = tiny_config("jamba", moe_intermediate_size=48, initializer_range=0.1)

@@ -1,8 +1,8 @@
 """Hybrids by the name of the model whose plan they follow, in its published width and depth.
 
 Each says which layers mix tokens how, what stands behind them, and how attention knows positions. They are plans, not copies:
-where a published model has a part that is not here, the comment says what stands in its place. "jamba" is exact, and opens
-Jamba's checkpoints. docs/hybrids.md has them side by side.
+where a published model has a part that is not here, the comment says what stands in its place. "jamba" and "granite-4" are
+exact: they are what the checkpoints of these models open as. docs/hybrids.md has them side by side.
 """
 
 from __future__ import annotations

@@ -104,15 +104,18 @@ class LinearHybridConfig(LinearConfig):
 
     @classmethod
     def from_preset(cls, name: str, **overrides: Any) -> LinearConfig:
-        """The plan of a published hybrid, by name; any field can be another, `pattern` too.
+        """The plan of a published hybrid, by name; any field can be another, its layers too, as a pattern or as a list.
 
-        A depth that the pattern does not divide is an error. Options of mixers that an overriding pattern does not have are
-        left out: `from_preset("jamba", pattern="GGGGAGGG")` is Jamba with GLA in the place of Mamba.
+        A depth that the pattern does not divide is an error. Options of mixers that other layers leave out are left out with
+        them: `from_preset("jamba", pattern="GGGGAGGG")` is Jamba with GLA in the place of Mamba.
         """
-        letters = overrides.get("pattern")
-        if letters is not None and "mixer_options" not in overrides:
+        for listed, pattern in (("mixers", "pattern"), ("mlp_layer_types", "mlp_pattern")):
+            if overrides.get(listed) is not None:
+                overrides.setdefault(pattern, None)
+        mixers = overrides.get("mixers") or [LETTERS.get(letter) for letter in overrides.get("pattern") or ""]
+        if mixers and "mixer_options" not in overrides:
             options = cls.presets.get(name, {}).get("mixer_options", {})
-            overrides["mixer_options"] = {m: o for m, o in options.items() if m in [LETTERS.get(x) for x in letters]}
+            overrides["mixer_options"] = {mixer: o for mixer, o in options.items() if mixer in mixers}
         return super().from_preset(name, **overrides)
 
     @classmethod
