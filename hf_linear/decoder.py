@@ -410,7 +410,7 @@ class LinearPreTrainedModel(PreTrainedModel):
         load_config = dataclasses.replace(load_config, weight_mapping=[*(load_config.weight_mapping or []), *transforms])
         loaded = PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs)
         if layout:
-            check_derived(layout, model.config, state_dict, checkpoint_files)
+            check_derived(layout, model.config, keys, state_dict, checkpoint_files)
             check_loaded(layout, transforms, model, keys, loaded[0])
             # Transformers would save by the table that it loaded by: we save our own layout.
             model._weight_conversions = [used for used in model._weight_conversions if used not in transforms]

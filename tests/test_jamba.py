@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from checkpoint_files import change, same, weights_of
 from families import ids, logits, tiny_config
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, JambaConfig, JambaForCausalLM, PreTrainedTokenizerFast
 
@@ -78,10 +79,6 @@ def close(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a.shape == b.shape and torch.allclose(a, b, rtol=0, atol=TOLERANCE)
 
 
-def same(a: dict, b: dict) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
-
-
 @pytest.mark.parametrize("merged", [False, True], ids=["expert_by_expert", "merged"])
 @every_config
 def test_opens_as_it_is(name, merged, tmp_path, caplog):
@@ -107,7 +104,7 @@ def test_and_back_again(name, tmp_path):
     theirs, x = jamba(name), ids(2, 40)
     ours = LinearHybridForCausalLM.from_pretrained(write(theirs, tmp_path / "theirs"))
     save(ours, tmp_path / "back", "jamba")
-    files = [load_file(tmp_path / folder / "model.safetensors") for folder in ("theirs", "back")]
+    files = [weights_of(tmp_path / folder) for folder in ("theirs", "back")]
     assert same(*files)
     back, problems = AutoModelForCausalLM.from_pretrained(tmp_path / "back", output_loading_info=True)
     assert type(back) is JambaForCausalLM and not any(problems.values()) and same(back.state_dict(), theirs.state_dict())
@@ -119,7 +116,7 @@ def test_and_back_again(name, tmp_path):
     configs = [LinearHybridConfig.from_pretrained(tmp_path / folder).to_dict() for folder in ("theirs", "back")]
     assert configs[0] == configs[1]
     ours.save_pretrained(tmp_path / "ours")
-    assert load_file(tmp_path / "ours" / "model.safetensors").keys() <= ours.state_dict().keys()
+    assert weights_of(tmp_path / "ours").keys() <= ours.state_dict().keys()
     assert same(LinearHybridForCausalLM.from_pretrained(tmp_path / "ours").state_dict(), ours.state_dict())
 
 
@@ -266,9 +263,7 @@ EXPERT = "model.layers.1.feed_forward.experts.2.up_proj.weight"
     ],
 )
 def test_no_key_is_lost_or_drawn_anew(key, x, message, tmp_path):
-    path = write(jamba("v0.1"), tmp_path) / "model.safetensors"
-    weights = {**load_file(path), key: x}
-    save_file({k: x for k, x in weights.items() if x is not None}, path, metadata={"format": "pt"})
+    change(write(jamba("v0.1"), tmp_path), key, x)
     with pytest.raises(ValueError, match=f"(?s){message}.*read as Jamba's"):
         LinearHybridForCausalLM.from_pretrained(tmp_path)
 
@@ -286,6 +281,6 @@ def test_script_both_ways(tmp_path, capsys):
         assert PreTrainedTokenizerFast.from_pretrained(tmp_path / target)("ACGT")["input_ids"] == [7, 8, 9, 10, 1]
     ours = AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
     assert type(ours) is LinearHybridForCausalLM and ours.dtype == torch.bfloat16
-    assert same(load_file(tmp_path / "back" / "model.safetensors"), load_file(tmp_path / "theirs" / "model.safetensors"))
+    assert same(weights_of(tmp_path / "back"), weights_of(tmp_path / "theirs"))
     with pytest.raises(FileExistsError, match="take another name"):
         script.main(arguments)

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from checkpoint_files import same, weights_of
 from families import ids, logits
-from safetensors.torch import load_file
-from test_jamba import close, same
+from test_jamba import close
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -70,7 +70,7 @@ def test_opens_and_is_written_back(name, tmp_path):
     greedy = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     assert torch.equal(ours.generate(x[:, :9], **greedy), theirs.generate(x[:, :9], **greedy))
     save(ours, tmp_path / "back", name.split("-")[0] + "_hybrid" * name.startswith("granite"))
-    assert same(*(load_file(tmp_path / folder / "model.safetensors") for folder in ("theirs", "back")))
+    assert same(*(weights_of(tmp_path / folder) for folder in ("theirs", "back")))
     back, problems = AutoModelForCausalLM.from_pretrained(tmp_path / "back", output_loading_info=True)
     assert type(back) is type(theirs) and not any(problems.values())
     assert close(logits(back, x), expected)  # in chunks of another size

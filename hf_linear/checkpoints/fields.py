@@ -62,7 +62,8 @@ class Fields:
 def check_said(of: str, config: PreTrainedConfig, again: PreTrainedConfig) -> None:
     """What was written of a config must say it, `again` being that in our fields."""
     names = {field.name for field in dataclasses.fields(config)} - {f.name for f in dataclasses.fields(PreTrainedConfig)}
-    for name in [*sorted(names - UNSAID), "key_dim", "value_dim", "tie_word_embeddings"]:
+    names |= {"tie_word_embeddings"} | {name for name in ("key_dim", "value_dim") if hasattr(config, name)}
+    for name in sorted(names - UNSAID):
         if getattr(config, name) != getattr(again, name):
             raise ValueError(
                 f"{name} of {of} must be {getattr(again, name)!r}, got {getattr(config, name)!r}: it has no word for this, "

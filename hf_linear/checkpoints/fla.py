@@ -228,7 +228,7 @@ class FLA(Layout):
 class FusedFLA(FLA):
     """Before February 2025 the two halves of the MLP's input lay in one `gate_proj`."""
 
-    name = "fla-2024"
+    name = "fla_2024"
     title = "flash-linear-attention's of 2024 (model.layers.0.attn_norm..., both halves of the MLP in gate_proj)"
 
     def has_config(self, fields: Mapping[str, Any]) -> bool:

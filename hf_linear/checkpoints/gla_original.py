@@ -45,7 +45,7 @@ DEFAULTS: dict[str, Any] = {
 
 
 class OriginalGLA(Layout):
-    name = "gla-original"
+    name = "gla_original"
     title = "the GLA of its paper's repository (transformer.h.0.attn.k_gate...)"
 
     def has_config(self, fields: Mapping[str, Any]) -> bool:

@@ -202,6 +202,3 @@ class Torchscale(Syncdoth):
     def transforms(self, config: PreTrainedConfig) -> list[WeightTransform]:
         prefix = PrefixChange(prefix_to_add="model")
         return [prefix, *renamings({"model.output_projection.": "lm_head."}), *super().transforms(config)]
-
-    def derived(self, config: PreTrainedConfig) -> dict[str, Tensor]:
-        return {key.removeprefix("model."): x for key, x in super().derived(config).items()}
