@@ -20,6 +20,8 @@ from hf_linear.checkpoints.fla import LAYOUTS
 @torch.no_grad()
 def beside_fla(folder: Path, model: PreTrainedModel) -> str:
     """The largest difference of logits between fla's own model of a folder in its layout, and ours; both go to float32."""
+    if not folder.is_dir():
+        return "not compared with fla's own model: it opens folders alone"
     if not torch.cuda.is_available():
         return "not compared with fla's own model: it runs on a GPU alone, and there is none"
     try:

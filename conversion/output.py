@@ -24,9 +24,10 @@ def argument_parser(description: str | None, *layouts: Layout) -> argparse.Argum
     parser.add_argument("--checkpoint", type=Path, required=True, help="a folder, a file of weights, or a name on the Hub")
     parser.add_argument("--output", type=Path, required=True, help="a folder to be made")
     parser.add_argument("--verify", action="store_true", help="open the output and compare it with what was read")
-    names = ["ours", *(layout.name for layout in layouts)]
-    parser.add_argument("--to", choices=names, default="ours", help="the layout to write")
-    parser.add_argument("--config", type=Path, help="the original's config, where it is neither in nor beside --checkpoint")
+    parser.set_defaults(to="ours")
+    if layouts:
+        parser.add_argument("--to", choices=["ours", *(layout.name for layout in layouts)], help="the layout to write")
+    parser.add_argument("--config", type=Path, help="the original's config, where it is not found with the weights")
     parser.add_argument("--tokenizer", help="a folder or a name on the Hub; that of the checkpoint's folder if left out")
     return parser
 

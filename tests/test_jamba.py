@@ -227,22 +227,25 @@ def test_config_that_is_not_here(fields, message, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"norm_topk_prob": True}, "norm_topk_prob must be False to be written as a jamba, got True"),
-        ({"num_shared_experts": 1}, "num_shared_experts must be 0"),
-        ({"moe_intermediate_size": 24}, "moe_intermediate_size must be 48 .*got 24"),
-        ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}, "rope_parameters must be None"),
-        ({"use_qk_norm": True}, "use_qk_norm must be False"),
-        ({"mixer_options": None}, "inner_layernorms of mamba must be True"),
-        ({"mixer_options": {"mamba": {"inner_layernorms": True, "norm_eps": 1e-5}}}, "norm_eps of mamba must be 1e-06"),
-        ({"head_dim": 8}, "head_dim must be 16"),
-        ({"pattern": "MMMMAAMM"}, "mixers must be .*got"),
-        ({"pattern": "GGGGAGGG"}, "mixers must be .*got"),
-        ({"mlp_pattern": "DDSS"}, "mlp_layer_types must be .*got"),
+        ({"norm_topk_prob": True}, "norm_topk_prob of a jamba must be False, got True"),
+        ({"num_shared_experts": 1}, "num_shared_experts of a jamba must be 0"),
+        ({"moe_intermediate_size": 24}, "moe_intermediate_size of a jamba must be 48, got 24"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}, "rope_parameters of a jamba must be None"),
+        ({"use_qk_norm": True}, "use_qk_norm of a jamba must be False"),
+        ({"mixer_options": None}, "inner_layernorms of mamba of a jamba must be True"),
+        (
+            {"mixer_options": {"mamba": {"inner_layernorms": True, "norm_eps": 1e-5}}},
+            "norm_eps of mamba of a jamba must be 1e-06",
+        ),
+        ({"head_dim": 8}, "head_dim of a jamba must be 16"),
+        ({"pattern": "MMMMAAMM"}, "mixers of a jamba must be .*got"),
+        ({"pattern": "GGGGAGGG"}, "mixers of a jamba must be .*got"),
+        ({"mlp_pattern": "DDSS"}, "mlp_layer_types of a jamba must be .*got"),
     ],
 )
 def test_what_a_jamba_cannot_say(options, message):
     config = tiny_config("jamba", **{"moe_intermediate_size": 48, **options})
-    with pytest.raises(ValueError, match=f"{message}.*: save_pretrained writes ours"):
+    with pytest.raises(ValueError, match=f"{message}.*: it has no word for this, save the model as ours"):
         Jamba().write_config(config)
 
 

@@ -128,16 +128,16 @@ def test_config_that_is_not_here(name, fields, message):
 @pytest.mark.parametrize(
     ("name", "fields", "message"),
     [
-        ("bamba", {"rope_parameters": None}, "partial_rotary_factor must be 0.5 .*got None"),
-        ("bamba", {"residual_multiplier": 2}, "residual_multiplier must be 1"),
-        ("granite", {"norm_topk_prob": False}, "norm_topk_prob must be True"),
-        ("granite", {"mlp_layer_types": ["dense", "sparse", "sparse", "sparse"]}, "mlp_layer_types must be"),
-        ("granite", {"mixers": ["gla"] * 4, "mixer_options": None, "layer_types": None}, "mixers must be"),
+        ("bamba", {"rope_parameters": None}, "partial_rotary_factor of a .* must be 0.5, got None"),
+        ("bamba", {"residual_multiplier": 2}, "residual_multiplier of a .* must be 1"),
+        ("granite", {"norm_topk_prob": False}, "norm_topk_prob of a .* must be True"),
+        ("granite", {"mlp_layer_types": ["dense", "sparse", "sparse", "sparse"]}, "mlp_layer_types of a .* must be"),
+        ("granite", {"mixers": ["gla"] * 4, "mixer_options": None, "layer_types": None}, "mixers of a .* must be"),
     ],
 )
 def test_what_theirs_cannot_say(name, fields, message):
     ours = LinearHybridConfig.from_dict(THEIRS[name].to_dict())
     config = LinearHybridConfig(**{**ours.to_dict(), **fields})
     layout = next(layout for layout in config.layouts if layout.name.startswith(name))
-    with pytest.raises(ValueError, match=f"{message}.*: save_pretrained writes ours"):
+    with pytest.raises(ValueError, match=f"{message}.*: it has no word for this, save the model as ours"):
         layout.write_config(config)

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedTokenizerFast
 from transformers.core_model_loading import ConversionOps, WeightConverter, WeightTransform
 
-from hf_linear.checkpoints.fields import Fields, check_said
+from hf_linear.checkpoints.fields import Fields, check_said, kept
 from hf_linear.checkpoints.layout import Layout, renamings
 from hf_linear.mixers.hyena import HyenaFilter
 
@@ -54,7 +54,6 @@ REPOSITORY = Fields(
             "use_bias",
         }
     ),
-    fixed={},
 )
 ORIGINAL = Fields(
     of="HyenaDNA or safari",
@@ -108,7 +107,6 @@ ORIGINAL = Fields(
             "wd",
         }
     ),
-    fixed={},
 )
 DNA_TOKENS = {"pad_token_id": 4, "bos_token_id": 2, "eos_token_id": 1}  # [PAD], [BOS], [SEP]
 
@@ -234,10 +232,9 @@ class HyenaDNA(Original):
         return repository_fields(fields)
 
     def write_config(self, config: PreTrainedConfig) -> dict[str, Any]:
-        kept = ("bos_token_id", "pad_token_id", "eos_token_id", "tie_word_embeddings", "use_cache")
-        fields = {name: getattr(config, name) for name in kept} | REPOSITORY.write(config)
+        fields = kept(config) | REPOSITORY.write(config)
         fields |= {"model_type": self.model_type, "architectures": ["HyenaDNAForCausalLM"], "pad_vocab_size_multiple": 1}
-        check_said(REPOSITORY.of, config, type(config)(**self.read_config(fields)))
+        check_said(REPOSITORY.of, config, self.read_config(fields))
         return fields
 
 
