@@ -1,0 +1,78 @@
+"""What the kernels of the selective scan share: tiles of 16 tokens, whose rows are registers of one thread.
+
+A thread has one channel. What concerns a channel alone (softplus, SiLU) is computed once, and a sum over states is a thread's own.
+For Triton to lay tensors out so, it must not know that channels could be read several at a time: pointers that are indexed by
+channels are not specialised on their alignment (`UNALIGNED`).
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from hf_linear.kernels.layout import BLOCK
+
+TILE = tl.constexpr(16)  # tokens
+TILES = tl.constexpr(BLOCK.value // TILE.value)  # of a block
+CHANNELS = 128  # of a program, one a thread
+RUN_TIME = ("T", "row_blocks", "segment_blocks", "row_segments", "given", "tokens")
+UNALIGNED = (
+    *("x", "v", "dt", "A", "D", "z", "bias", "y", "initial", "final", "states", "edge", "added", "total", "entering"),
+    *("dy", "d_final", "d_initial", "dx", "ddt", "dz", "dA", "dD", "dbias", "carry"),
+)
+
+
+@triton.jit
+def pick(tile, here, axis: tl.constexpr):
+    """The slice of a tile that the mask says, along an axis whose places are registers of one thread.
+
+    Summed as integers, for which 0 + x is x: nothing is left of it in the compiled kernel.
+    """
+    return tl.sum(tl.where(here, tile.to(tl.int32, bitcast=True), 0), axis).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def tile_at(x, first, d, STRIDE: tl.constexpr):
+    """Where a tile's tokens lie, from the first one on. In this order what tells the rows apart is constant."""
+    return (x + first * STRIDE + d)[None, :] + (tl.arange(0, TILE) * STRIDE)[:, None]
+
+
+@triton.jit
+def load_tile(x, first, d, inside, STRIDE: tl.constexpr):
+    return tl.load(tile_at(x, first, d, STRIDE), inside, 0.0).to(tl.float32)
+
+
+@triton.jit
+def store_tile(x, first, d, inside, value, STRIDE: tl.constexpr):
+    tl.store(tile_at(x, first, d, STRIDE), value.to(x.dtype.element_ty), inside)
+
+
+@triton.jit
+def sigmoid(x):
+    """1 / (1 + exp(-x)) by two of the hardware's functions; a division would take five instructions."""
+    root = tl.rsqrt(1 + tl.exp2(x * -1.4426950408889634))
+    return root * root
+
+
+@triton.jit
+def softplus(x):
+    """max(x, 0) + log(1 + e), e = exp(-|x|): the logarithm by a polynomial that errs by 3e-8 of it, however small e is."""
+    e = tl.exp2(tl.abs(x) * -1.4426950408889634)
+    series = 0.0051261021 * e - 0.029074065
+    series = series * e + 0.077516087
+    series = series * e - 0.13602248
+    series = series * e + 0.19076881
+    series = series * e - 0.24835399
+    series = series * e + 0.33318122
+    series = series * e - 0.49999445
+    series = series * e + 0.99999997
+    return series * e + tl.maximum(x, 0.0)
+
+
+@triton.jit
+def step_size(dt, bias, inside, SOFTPLUS: tl.constexpr):
+    """softplus(dt + bias) or dt + bias, and 0 where there is no token: a step that changes nothing."""
+    dt += bias
+    if SOFTPLUS:
+        dt = softplus(dt)
+    return tl.where(inside, dt, 0.0)
