@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from hf_linear.kernels.launch import cdiv, launch, on_device, product_precision
+from hf_linear.kernels.launch import cdiv, evenly_spaced, launch, on_device, product_precision
 from hf_linear.kernels.layout import make_layout, row_segments
 from hf_linear.kernels.selective_scan_gradients import gradient_kernel
 from hf_linear.kernels.selective_scan_segments import between_kernel, segment_kernel
@@ -38,7 +38,7 @@ class Scan:
     ):  # fmt: skip
         self.batch, self.T, self.width = x.shape
         self.N, self.NP = A.shape[1], max(triton.next_power_of_2(A.shape[1]), STATES)
-        self.x, self.dt, self.z = rows(x), rows(dt), None if z is None else rows(z)
+        self.x, self.dt, self.z = evenly_spaced(x), evenly_spaced(dt), None if z is None else evenly_spaced(z)
         self.A = (A.float().T * LOG2_E).contiguous()
         self.B, self.C = (F.pad(y.float().flatten(0, 1), (0, self.NP - self.N, 0, TILE.value)) for y in (B, C))
         self.D, self.bias = (self.A.new_zeros(self.width) if y is None else y.float().contiguous() for y in (D, dt_bias))
@@ -119,12 +119,6 @@ class Scan:
         )  # fmt: skip
         dB, dC = dBC.sum(0).view(self.batch, self.T, self.NP, 2)[..., : self.N, :].unbind(-1)
         return dx, ddt, dA.sum(0).T, dB, dC, dD.sum(0), dz, dbias.sum(0), d_initial
-
-
-def rows(x: Tensor) -> Tensor:
-    """x itself where its tokens are evenly spaced over the whole batch and its channels next to each other."""
-    even = x.stride(2) == 1 and (x.shape[0] == 1 or x.stride(0) == x.shape[1] * x.stride(1))
-    return x if even else x.contiguous()
 
 
 def absent(x: Tensor | None, instead: Tensor) -> Tensor:
