@@ -1,7 +1,7 @@
 """The selective scan: the launches, forward and backward, and the PyTorch operators they make.
 
-The forward pass is one walk over the tokens; where a gradient is wanted it leaves the state before every tile of 16 tokens, 2 bytes
-a token and channel at N = 16 in bfloat16. The backward pass starts every tile from there. Rows that are few and long are
+The forward pass is one walk over the tokens; where a gradient is wanted it leaves the state before every tile of 16 tokens, 2
+bytes a token and channel at N = 16 in bfloat16. The backward pass starts every tile from there. Rows that are few and long are
 cut into segments, at the price of a second walk (`selective_scan_segments`).
 """
 
@@ -136,7 +136,7 @@ def forward(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None, dt_bias: Tensor | None,
     dt_softplus: bool, initial_state: Tensor | None, cu_seqlens: Tensor | None, keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """y [batch, T, D] in x's dtype, the final state [documents, D, N] float32, and what the gradients need if they are wanted."""
+    """y [batch, T, D] in x's dtype, the final state [documents, D, N] float32, and with `keep` what the gradients need."""
     initial = None if initial_state is None else initial_state.transpose(1, 2).contiguous()
     with on_device(x):
         y, final, states = Scan(x, dt, A, B, C, D, z, dt_bias, dt_softplus, cu_seqlens).forward(initial, keep)

@@ -6,8 +6,8 @@ With g_t = dy_t silu(z_t) and u_t = dt_t x_t:
     dA = sum_t dt_t e_t,    d(dt_t) = sum_n A e_t + x_t du_t,    du_t = dh_t B_t,    dx_t = dt_t du_t + D g_t
     dB_t = u_t^T dh_t,      dC_t = g_t^T h_t
 
-The last two are sums over channels, that is over threads, which cost several times as much as all else by shuffles. A product of
-matrices sums them instead.
+The last two are sums over channels, that is over threads, which by shuffles would cost as much as all else together. A product
+of matrices sums them instead.
 """
 
 from __future__ import annotations
@@ -50,11 +50,12 @@ def gradient_kernel(
     X_STRIDE: tl.constexpr, DT_STRIDE: tl.constexpr, Z_STRIDE: tl.constexpr,
     GATE: tl.constexpr, SOFTPLUS: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One program: BD channels, a segment, NS states at a time. Arguments as in `walk_kernel`; dy, dx, ddt, dz: [tokens, WIDTH].
+    """One program: BD channels, a segment, NS states at a time. Arguments as in `walk_kernel`.
 
-    d_final, d_initial: [documents, N, WIDTH]. carry: [segments, N, WIDTH], the gradient of the state that leaves a segment of
-    several, and from tile to tile that of the state between them. Partial sums, added up by the caller, so that every run
-    gives the same bits: dA [segments, N, WIDTH], zeros before; dBC [WIDTH / BD, tokens, NP, 2]; dD, dbias [segments, WIDTH].
+    dy, dx, ddt, dz: [tokens, WIDTH]; d_final, d_initial: [documents, N, WIDTH]. carry: [segments, N, WIDTH], the gradient of
+    the state that leaves a segment of several, and from tile to tile that of the state between them. Partial sums, added up by
+    the caller, so that every run gives the same bits: dA [segments, N, WIDTH], zeros before; dBC [WIDTH / BD, tokens, NP, 2];
+    dD, dbias [segments, WIDTH].
     grid     (WIDTH / BD, segments)
     traffic  x, dt, z, dy, dx, ddt and dz once, and x, dt, z and dy again from the L2: 14 bytes a token and channel in
              bfloat16; of the states 2 at N = 16; of dBC N / 16

@@ -1,8 +1,8 @@
 """What the kernels of the selective scan share: tiles of 16 tokens, whose rows are registers of one thread.
 
-A thread has one channel. What concerns a channel alone (softplus, SiLU) is computed once, and a sum over states is a thread's own.
-For Triton to lay tensors out so, it must not know that channels could be read several at a time: pointers that are indexed by
-channels are not specialised on their alignment (`UNALIGNED`).
+A thread has one channel. What concerns a channel alone (softplus, SiLU) is computed once, and a sum over states is a thread's
+own. For Triton to lay tensors out so, it must not know that channels could be read several at a time: pointers that are indexed
+by channels are not specialised on their alignment (`UNALIGNED`).
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
 """The selective scan forward: a program holds the states of some channels in registers and walks over the tokens.
 
     h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t^T,        y_t = (h_t C_t + D x_t) silu(z_t)
+
+Beside the state nothing is kept between tiles of tokens, which are read as the walk comes to them.
 """
 
 from __future__ import annotations

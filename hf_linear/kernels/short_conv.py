@@ -1,14 +1,15 @@
-"""The short causal convolution, its bias and SiLU, forward and backward, and one token of it in place.
+"""The short causal convolution, its bias and SiLU, forward and backward.
 
     p_t = b + sum_{j < W} w_j x_{t-j},        y_t = silu(p_t) or p_t
     g_t = dy_t silu'(p_t),    dx_t = sum_j w_j g_{t+j},    dw_j = sum_t g_t x_{t-j},    db = sum_t g_t
 
-The backward pass keeps the inputs alone and computes p again, W times for each token: that costs less than to read it.
+A thread has two channels and walks over the tokens of a block, 8 at a time: what a token shares with its neighbours is in its
+registers. The backward pass keeps the inputs alone and computes p again.
 
-grid     (D / 256, blocks of 128 tokens), in tiles of 4 tokens: 8 numbers a thread, 16 bytes of half precision
-dtypes   x and y as they are, taps and bias and all arithmetic float32
-traffic  forward x and y once, backward x, dy and dx once; what tiles share comes from the L1. Partial sums of dw, one a block of 128
-         tokens, are added up afterwards: no atomics, the same bits every run
+grid     (D / 256, blocks of 128 tokens)
+dtypes   x, y and the states as they are; taps, bias and all arithmetic float32
+traffic  forward x and y once, backward x, dy and dx once; W - 1 tokens more for every 8, from a cache. Partial sums of dw, one
+         a block, are added up afterwards: no atomics, the same bits every run
 oracle   hf_linear.ops.reference.short_conv
 """
 
@@ -27,13 +28,13 @@ from hf_linear.kernels.launch import cdiv, evenly_spaced, launch, on_device, rea
 from hf_linear.kernels.layout import BLOCK, FIELDS, locate, make_layout
 from hf_linear.kernels.selective_scan_tiles import sigmoid
 
-ROWS, CHANNELS = 4, 256  # of a tile
-RUN_TIME = ("T", "row_blocks", "given")
+ROWS, CHANNELS = 8, 256  # tokens at a time, channels of a program
+RUN_TIME = ("T", "row_blocks", "given", "returns")
 
 
 @triton.jit
 def place(block, T, row_blocks, table, PACKED: tl.constexpr):
-    """A block's first token and tokens, the tokens of its document before and from it on (those that taps reach), its document."""
+    """A block's first token, its tokens, those of its document before and from it on (as far as taps reach), its document."""
     start, length = locate(block, T, row_blocks, table, PACKED, 1)
     if PACKED:
         mark = tl.load(table + block * FIELDS + 3)
@@ -46,121 +47,129 @@ def place(block, T, row_blocks, table, PACKED: tl.constexpr):
 
 
 @triton.jit
-def inputs_at(
-    x, state, i, start, behind, ahead, document, given, d, WIDTH: tl.constexpr, STRIDE: tl.constexpr, W: tl.constexpr
+def load_taps(w, d, in_d, WIDTH: tl.constexpr, W: tl.constexpr):
+    """w_0 to w_{W-1}: w [W, WIDTH] has that of the current token last."""
+    taps = ()
+    for j in tl.static_range(W):
+        taps = taps + (tl.load(w + (W - 1 - j) * WIDTH + d, in_d, 0.0),)
+    return taps
+
+
+@triton.jit
+def load_inputs(
+    x, state, first, behind, ahead, given, d, in_d,
+    WIDTH: tl.constexpr, STRIDE: tl.constexpr, W: tl.constexpr, COUNT: tl.constexpr,
 ):  # fmt: skip
-    """The inputs i places after a block's first token: of the document, of the state before it, or 0 behind its end."""
-    in_x = (i >= -behind) & (i < ahead)
-    found = tl.load(
-        x + start * STRIDE + (i * STRIDE)[:, None] + d[None, :], in_x[:, None] & (d < WIDTH)[None, :], 0.0
-    ).to(tl.float32)  # fmt: skip
-    if (behind < W) & (given != 0):
-        row = i + behind + (W - 1)
-        in_state = (row >= 0) & (row < W - 1)
-        at = state + document * ((W - 1) * WIDTH) + row[:, None] * WIDTH + d[None, :]
-        found += tl.load(at, in_state[:, None] & (d < WIDTH)[None, :], 0.0).to(tl.float32)
+    """The W - 1 inputs before a block's token `first` and COUNT from it on; those before a document are its state's.
+
+    x and state: pointers to the block's first token and to the document's state.
+    """
+    found = ()
+    for j in tl.static_range(W - 1 + COUNT):
+        i = first + (j - (W - 1))
+        at, inside = x + i * STRIDE, in_d & (i < ahead)
+        if j < W - 1:
+            in_x = i + behind >= 0
+            at = tl.where(in_x, at, state + (i + behind + (W - 1)) * WIDTH)
+            inside = inside & (in_x | ((given != 0) & (i + behind + (W - 1) >= 0)))
+        found = found + (tl.load(at + d, inside, 0.0).to(tl.float32),)
     return found
+
+
+@triton.jit
+def convolve(taps, inputs, t, b_, W: tl.constexpr):
+    p = b_
+    for j in tl.static_range(W):
+        p += taps[j] * inputs[t + W - 1 - j]
+    return p
 
 
 @triton.jit(do_not_specialize=RUN_TIME)
 def forward_kernel(
     x, w, b, y, initial, final, table, T, row_blocks, given,
-    WIDTH: tl.constexpr, STRIDE: tl.constexpr, W: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
+    WIDTH: tl.constexpr, STRIDE: tl.constexpr, W: tl.constexpr, ROWS: tl.constexpr, BD: tl.constexpr,
     SILU: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """x, y: [tokens, WIDTH], x with a stride of its own; w: [W, WIDTH]; initial, final: [documents, W - 1, WIDTH]."""
-    block = tl.program_id(1)
-    start, length, behind, ahead, document = place(block, T, row_blocks, table, PACKED)
-    d, i = tl.program_id(0) * BD + tl.arange(0, BD), tl.arange(0, BT)
+    start, length, behind, ahead, document = place(tl.program_id(1), T, row_blocks, table, PACKED)
+    d = tl.program_id(0) * BD + tl.arange(0, BD)
     in_d = d < WIDTH
-    b_ = tl.load(b + d, in_d, 0.0)[None, :]
-    for tile in range(0, tl.cdiv(length, BT)):
-        t = i + tile * BT
-        p = tl.zeros((BT, BD), tl.float32) + b_
-        for j in tl.static_range(W):
-            w_j = tl.load(w + (W - 1 - j) * WIDTH + d, in_d, 0.0)[None, :]
-            p += w_j * inputs_at(x, initial, t - j, start, behind, ahead, document, given, d, WIDTH, STRIDE, W)
-        if SILU:
-            p *= sigmoid(p)
-        to = y + start * WIDTH + (t * WIDTH)[:, None] + d[None, :]
-        tl.store(to, p.to(y.dtype.element_ty), (t < length)[:, None] & in_d[None, :])
+    b_, taps = tl.load(b + d, in_d, 0.0), load_taps(w, d, in_d, WIDTH, W)
+    x += start * STRIDE
+    y += start * WIDTH
+    initial += document * ((W - 1) * WIDTH)
+    final += document * ((W - 1) * WIDTH)
+    for first in range(0, length, ROWS):
+        inputs = load_inputs(x, initial, first, behind, ahead, given, d, in_d, WIDTH, STRIDE, W, ROWS)
+        for t in tl.static_range(ROWS):
+            p = convolve(taps, inputs, t, b_, W)
+            if SILU:
+                p *= sigmoid(p)
+            tl.store(y + (first + t) * WIDTH + d, p.to(y.dtype.element_ty), in_d & (first + t < length))
     if (ahead == length) & (length > 0):  # the document ends here
-        for s in range(0, W - 1, BT):
-            last = inputs_at(
-                x, initial, length - (W - 1) + s + i, start, behind, ahead, document, given, d, WIDTH, STRIDE, W
-            )  # fmt: skip
-            to = final + document * ((W - 1) * WIDTH) + ((s + i) * WIDTH)[:, None] + d[None, :]
-            tl.store(to, last.to(final.dtype.element_ty), (s + i < W - 1)[:, None] & in_d[None, :])
+        inputs = load_inputs(x, initial, length, behind, ahead, given, d, in_d, WIDTH, STRIDE, W, 0)
+        for j in tl.static_range(W - 1):
+            tl.store(final + j * WIDTH + d, inputs[j].to(final.dtype.element_ty), in_d)
 
 
 @triton.jit
-def gradients_at(p, dy, i, start, behind, ahead, d, WIDTH: tl.constexpr, SILU: tl.constexpr):
-    """g of the tokens i places after a block's first: 0 before and behind their document."""
-    inside = ((i >= -behind) & (i >= 0) & (i < ahead))[:, None] & (d < WIDTH)[None, :]
-    g = tl.load(dy + start * WIDTH + (i * WIDTH)[:, None] + d[None, :], inside, 0.0).to(tl.float32)
-    if SILU:
-        gate = sigmoid(p)
-        g *= gate * (1 + p * (1 - gate))
-    return g
-
-
-@triton.jit
-def returned(d_final, i, behind, ahead, document, given, d, WIDTH: tl.constexpr, W: tl.constexpr):
-    """What inputs i places after a block's first token get from the final state, which holds the last W - 1 of a document."""
+def returned(d_final, i, ahead, returns, d, inside, WIDTH: tl.constexpr, W: tl.constexpr):
+    """What input i of a block gets from the final state, which holds the last W - 1 inputs of a document."""
     row = i - ahead + (W - 1)
-    inside = ((row >= 0) & (row < W - 1) & (given != 0))[:, None] & (d < WIDTH)[None, :]
-    at = d_final + document * ((W - 1) * WIDTH) + row[:, None] * WIDTH + d[None, :]
-    return tl.load(at, inside, 0.0).to(tl.float32)
+    return tl.load(d_final + row * WIDTH + d, inside & (row >= 0) & (returns != 0), 0.0).to(tl.float32)
 
 
-@triton.jit(do_not_specialize=(*RUN_TIME, "returns"))
+@triton.jit(do_not_specialize=RUN_TIME)
 def backward_kernel(
     x, w, b, dy, initial, d_final, dx, d_initial, dw, db, table, T, row_blocks, given, returns,
-    WIDTH: tl.constexpr, STRIDE: tl.constexpr, W: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
+    WIDTH: tl.constexpr, STRIDE: tl.constexpr, W: tl.constexpr, ROWS: tl.constexpr, BD: tl.constexpr,
     SILU: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
-    """dy, dx: [tokens, WIDTH]; dw: [blocks, W, WIDTH]; db: [blocks, WIDTH]; d_final, d_initial: [documents, W - 1, WIDTH].
-
-    A document's first block goes W - 1 places further back, for the inputs that the initial state holds.
-    """
-    block = tl.program_id(1)
-    start, length, behind, ahead, document = place(block, T, row_blocks, table, PACKED)
-    d, i = tl.program_id(0) * BD + tl.arange(0, BD), tl.arange(0, BT)
+    """dy, dx: [tokens, WIDTH]; dw: [blocks, W, WIDTH]; db: [blocks, WIDTH]; d_final, d_initial: [documents, W - 1, WIDTH]."""
+    block = tl.program_id(1).to(tl.int64)
+    start, length, behind, ahead, document = place(tl.program_id(1), T, row_blocks, table, PACKED)
+    d = tl.program_id(0) * BD + tl.arange(0, BD)
     in_d = d < WIDTH
-    b_ = tl.load(b + d, in_d, 0.0)[None, :]
-    sums = ()
-    for j in tl.static_range(W + 1):
-        sums = sums + (tl.zeros((BT, BD), tl.float32),)
-    before: tl.constexpr = (W - 1 + BT - 1) // BT
-    for tile in range(tl.where(behind == 0, -before, 0), tl.cdiv(length, BT)):
-        t = i + tile * BT
-        xs = ()
-        for j in tl.static_range(2 * W - 1):  # x at t - (W - 1) to t + (W - 1)
-            xs = xs + (inputs_at(x, initial, t + (j - (W - 1)), start, behind, ahead, document, given, d, WIDTH, STRIDE, W),)
-        dx_ = returned(d_final, t, behind, ahead, document, returns, d, WIDTH, W)
-        new = ()
-        for j in tl.static_range(W):
-            p = tl.zeros((BT, BD), tl.float32) + b_
+    b_, taps = tl.load(b + d, in_d, 0.0), load_taps(w, d, in_d, WIDTH, W)
+    x += start * STRIDE
+    dy += start * WIDTH
+    dx += start * WIDTH
+    initial += document * ((W - 1) * WIDTH)
+    d_final += document * ((W - 1) * WIDTH)
+    d_initial += document * ((W - 1) * WIDTH)
+    sums, db_ = (), tl.zeros((BD,), tl.float32)
+    for _ in tl.static_range(W):
+        sums = sums + (tl.zeros((BD,), tl.float32),)
+    for first in range(0, length, ROWS):
+        inputs = load_inputs(x, initial, first, behind, ahead, given, d, in_d, WIDTH, STRIDE, W, ROWS + W - 1)
+        grads = ()
+        for t in tl.static_range(ROWS + W - 1):
+            g = tl.load(dy + (first + t) * WIDTH + d, in_d & (first + t < ahead), 0.0).to(tl.float32)
             if SILU:
-                for k in tl.static_range(W):
-                    p += tl.load(w + (W - 1 - k) * WIDTH + d, in_d, 0.0)[None, :] * xs[W - 1 + j - k]
-            g = gradients_at(p, dy, t + j, start, behind, ahead, d, WIDTH, SILU)
-            dx_ += tl.load(w + (W - 1 - j) * WIDTH + d, in_d, 0.0)[None, :] * g
-            if j == 0:
-                own = tl.where((t < length)[:, None], g, 0.0)
-                for k in tl.static_range(W):
-                    new = new + (sums[k] + own * xs[W - 1 - k],)
-                new = new + (sums[W] + own,)
-        sums = new
-        inside = in_d[None, :] & ((t >= 0) & (t < length))[:, None]
-        tl.store(dx + start * WIDTH + (t * WIDTH)[:, None] + d[None, :], dx_.to(dx.dtype.element_ty), inside)
-        row = t + (W - 1)
-        in_state = in_d[None, :] & ((t < 0) & (row >= 0) & (length > 0))[:, None]
-        to = d_initial + document * ((W - 1) * WIDTH) + (row * WIDTH)[:, None] + d[None, :]
-        tl.store(to, dx_.to(d_initial.dtype.element_ty), in_state)
-    for k in tl.static_range(W):
-        tl.store(dw + (block * W + (W - 1 - k)).to(tl.int64) * WIDTH + d, tl.sum(sums[k], 0), in_d)
-    tl.store(db + block.to(tl.int64) * WIDTH + d, tl.sum(sums[W], 0), in_d)
+                p = convolve(taps, inputs, t, b_, W)
+                gate = sigmoid(p)
+                g *= gate * (1 + p * (1 - gate))
+            grads = grads + (g,)
+        for t in tl.static_range(ROWS):
+            inside = in_d & (first + t < length)
+            dx_ = returned(d_final, first + t, ahead, returns, d, inside, WIDTH, W)
+            own = tl.where(inside, grads[t], 0.0)  # the block behind has those behind this one's end, too
+            db_ += own
+            new = ()
+            for j in tl.static_range(W):
+                dx_ += taps[j] * grads[t + j]
+                new = new + (sums[j] + own * inputs[t + W - 1 - j],)
+            sums = new
+            tl.store(dx + (first + t) * WIDTH + d, dx_.to(dx.dtype.element_ty), inside)
+        if (behind == 0) & (first == 0):
+            for s in tl.static_range(W - 1):
+                before = returned(d_final, s - (W - 1), ahead, returns, d, in_d, WIDTH, W)
+                for j in tl.static_range(W - 1 - s, W):
+                    before += taps[j] * grads[s - (W - 1) + j]
+                tl.store(d_initial + s * WIDTH + d, before.to(d_initial.dtype.element_ty), in_d)
+    for j in tl.static_range(W):
+        tl.store(dw + (block * W + (W - 1 - j)) * WIDTH + d, sums[j], in_d)
+    tl.store(db + block * WIDTH + d, db_, in_d)
 
 
 class Convolution:
@@ -175,7 +184,7 @@ class Convolution:
         self.grid = (cdiv(self.width, CHANNELS), self.layout.blocks)
         self.sizes = (T, self.layout.row_blocks)
         self.constants = {
-            "WIDTH": self.width, "STRIDE": self.x.stride(1), "W": self.W, "BT": ROWS, "BD": CHANNELS, "SILU": silu,
+            "WIDTH": self.width, "STRIDE": self.x.stride(1), "W": self.W, "ROWS": ROWS, "BD": CHANNELS, "SILU": silu,
             "PACKED": self.layout.packed, "num_warps": 4,
         }  # fmt: skip
         self.signature = (x.dtype, *self.constants.values())

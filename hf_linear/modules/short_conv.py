@@ -7,7 +7,8 @@ from typing import Literal
 from torch import Tensor, nn
 
 from hf_linear.modules.padding import right_align, take
-from hf_linear.ops import short_conv
+from hf_linear.ops import short_conv, short_conv_step
+from hf_linear.ops.dispatch import needs_gradient
 
 
 class ShortConv(nn.Conv1d):
@@ -20,8 +21,13 @@ class ShortConv(nn.Conv1d):
     def forward(
         self, x: Tensor, mask: Tensor | None = None, cu_seqlens: Tensor | None = None, state: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Returns y [B, T, D] and the state [B, kernel_size - 1, D]: the last real inputs of every row."""
+        """Returns y [B, T, D] and the state [B, kernel_size - 1, D]: the last real inputs of every row.
+
+        One token without a mask and a gradient writes it into the state that was given.
+        """
         w, options = self.weight.squeeze(1), {"activation": self.activation}
+        if mask is None and state is not None and x.shape[1] == 1 and not needs_gradient(x, w, self.bias, state):
+            return short_conv_step(x, w, self.bias, state=state, **options)
         if mask is None:
             return short_conv(x, w, self.bias, initial_state=state, cu_seqlens=cu_seqlens, **options)
         W = w.shape[1]

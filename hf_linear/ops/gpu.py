@@ -14,7 +14,7 @@ MAX_K = 256  # two tiles of 128 channels of the state fit in a multiprocessor's 
 CAPABILITY = (9, 0)  # nothing older has run them, and most have less shared memory than the tiles take
 HAS_TRITON = importlib.util.find_spec("triton") is not None  # without importing it
 MAX_STATES = 64  # of a channel: they are the registers of a thread
-MAX_TAPS = 16  # of a short convolution: every pair of them is a multiplication in the gradients' code
+MAX_TAPS = 8  # of a short convolution: its loops over them are written out
 MAX_CONV = {torch.bfloat16: 2**20, torch.float16: 2**20, torch.float32: 2**18}  # tokens of a row that a long convolution takes
 
 

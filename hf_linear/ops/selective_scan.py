@@ -199,8 +199,6 @@ def by_implementation(
     return y.to(x.dtype), state
 
 
-def in_place(
-    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor, cu_seqlens: None
-) -> tuple[Tensor, Tensor]:
+def in_place(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor, cu_seqlens: None) -> tuple[Tensor, Tensor]:
     state.mul_((dt.mT * A).exp_()).addcmul_((dt * x).mT, B)
     return (state @ C.mT).mT, state

@@ -47,8 +47,8 @@ def short_conv(
         initial_state: the last W - 1 inputs, oldest first, [B, W - 1, D] in x's dtype, zeros when None; [N, W - 1, D] with
             `cu_seqlens`.
         cu_seqlens: [N + 1] int32 or int64, the boundaries of N documents packed in one row (B = 1).
-        backend: "reference" token by token, "chunked" tap by tap, "triton" in one pass on a GPU (bfloat16, float16 or float32, W
-            up to 16). "auto" is triton on a GPU that has the kernels, chunked elsewhere. A named backend is used or raises.
+        backend: "reference" token by token, "chunked" tap by tap, "triton" in one pass on a GPU (bfloat16, float16 or float32,
+            W up to 8). "auto" is triton on a GPU that has the kernels, chunked elsewhere. A named backend is used or raises.
 
     Returns:
         y [B, T, D] in x's dtype, and the final state, shaped and typed as `initial_state`.
@@ -118,7 +118,7 @@ def prepare(
     """Check the inputs."""
     check_floating(x=x, w=w, b=b, initial_state=state)
     check_sequence("x", x, "[B, T, D]", dim=1)
-    B, T, D = x.shape
+    _, T, D = x.shape
     if w.dim() != 2 or w.shape[0] != D or w.shape[1] == 0:
         raise ValueError(
             f"w must be [D, W] with D = {D} channels and W >= 1 taps, got {list(w.shape)}: "
