@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from hf_linear.kernels.launch import cdiv, evenly_spaced, launch, on_device, product_precision
+from hf_linear.kernels.launch import cdiv, evenly_spaced, launch, on_device
 from hf_linear.kernels.layout import make_layout, row_segments
 from hf_linear.kernels.selective_scan_gradients import gradient_kernel
 from hf_linear.kernels.selective_scan_segments import between_kernel, segment_kernel
@@ -50,7 +50,8 @@ class Scan:
         # All that compiled kernels depend on, besides what a launch adds.
         self.common = {
             **self.shape, "DT_STRIDE": self.dt.stride(1), "Z_STRIDE": 0 if self.z is None else self.z.stride(1),
-            "SOFTPLUS": dt_softplus, "PACKED": self.layout.packed, **OPTIONS,
+            "SOFTPLUS": dt_softplus, "PACKED": self.layout.packed,
+            "PRECISE": x.dtype == torch.float32, **OPTIONS,
         }  # fmt: skip
         self.signature = (self.x.dtype, self.dt.dtype, None if self.z is None else self.z.dtype, *self.common.values())
 
@@ -115,7 +116,7 @@ class Scan:
                 d_initial, dx, ddt, dz, dA, dBC, dD, dbias, self.between(True, dy, self.C, d_final), self.layout.table,
                 *self.sizes(d_final), tokens,
             ),
-            NS=STATES, X_STRIDE=self.x.stride(1), GATE=self.z is not None, PRECISION=product_precision(self.x.dtype),
+            NS=STATES, X_STRIDE=self.x.stride(1), GATE=self.z is not None,
         )  # fmt: skip
         dB, dC = dBC.sum(0).view(self.batch, self.T, self.NP, 2)[..., : self.N, :].unbind(-1)
         return dx, ddt, dA.sum(0).T, dB, dC, dD.sum(0), dz, dbias.sum(0), d_initial

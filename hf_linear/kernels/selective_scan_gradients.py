@@ -21,6 +21,7 @@ from hf_linear.kernels.selective_scan_tiles import (
     TILE,
     TILES,
     UNALIGNED,
+    decay_of,
     load_tile,
     pick,
     sigmoid,
@@ -30,14 +31,14 @@ from hf_linear.kernels.selective_scan_tiles import (
 
 
 @triton.jit
-def over_channels(a, b, weights, NS: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr):
+def over_channels(a, b, weights, NS: tl.constexpr, BD: tl.constexpr, PRECISE: tl.constexpr):
     """sum_d a[t, n, d] weights[2 t, d] and sum_d b[t, n, d] weights[2 t + 1, d], as [TILE NS 2].
 
     The product makes those of all pairs of tokens, of which one in TILE is wanted: the tensor cores have nothing else to do.
     """
     v, w = tl.arange(0, TILE * NS * 2), tl.arange(0, TILE * 2)
     both = tl.reshape(tl.permute(tl.join(a, b), (0, 1, 3, 2)), (TILE * NS * 2, BD))
-    pairs = tl.dot(both, tl.trans(weights), input_precision=PRECISION)
+    pairs = tl.dot(both, tl.trans(weights), input_precision="tf32x3" if PRECISE else "tf32")
     wanted = v // (2 * NS) * 2 + v % 2
     return tl.sum(tl.where(wanted[:, None] == w[None, :], pairs, 0.0), 1)
 
@@ -48,7 +49,7 @@ def gradient_kernel(
     T, row_blocks, segment_blocks, row_segments, given, tokens,
     WIDTH: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, NS: tl.constexpr, BD: tl.constexpr,
     X_STRIDE: tl.constexpr, DT_STRIDE: tl.constexpr, Z_STRIDE: tl.constexpr,
-    GATE: tl.constexpr, SOFTPLUS: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr,
+    GATE: tl.constexpr, SOFTPLUS: tl.constexpr, PACKED: tl.constexpr, PRECISE: tl.constexpr,
 ):  # fmt: skip
     """One program: BD channels, a segment, NS states at a time. Arguments as in `walk_kernel`.
 
@@ -85,11 +86,11 @@ def gradient_kernel(
             tile = tiles - 1 - back
             first = start + tile * TILE
             inside = (i + tile * TILE < length)[:, None] & in_d[None, :]
-            dt_ = step_size(load_tile(dt, first, d, inside, DT_STRIDE), bias_, inside, SOFTPLUS)
+            dt_ = step_size(load_tile(dt, first, d, inside, DT_STRIDE), bias_, inside, SOFTPLUS, PRECISE)
             x_, g = load_tile(x, first, d, inside, X_STRIDE), load_tile(dy, first, d, inside, WIDTH)
             if GATE:
                 z_ = load_tile(z, first, d, inside, Z_STRIDE)
-                g *= z_ * sigmoid(z_)
+                g *= z_ * sigmoid(z_, PRECISE)
             u = dt_ * x_
             weights = tl.reshape(tl.permute(tl.join(u, g), (0, 2, 1)), (TILE * 2, BD))
             y_, du, ddt_ = D_ * x_, tl.zeros((TILE, BD), tl.float32), tl.zeros((TILE, BD), tl.float32)
@@ -104,7 +105,8 @@ def gradient_kernel(
                 dh = tl.load(behind + of_state, in_state & known, 0.0)
                 at = first * NP + n0 + i[:, None] * NP + tl.arange(0, NS)[None, :]
                 B_, C_ = tl.load(B + at)[:, :, None], tl.load(C + at)[:, :, None]
-                decay, added, read = tl.exp2(dt_[:, None, :] * A_[None, :, :]), u[:, None, :] * B_, g[:, None, :] * C_
+                decay = decay_of(dt_[:, None, :] * A_[None, :, :], PRECISE)
+                added, read = u[:, None, :] * B_, g[:, None, :] * C_
                 before, after = tl.zeros((TILE, NS, BD), tl.float32), tl.zeros((TILE, NS, BD), tl.float32)
                 grad = tl.zeros((TILE, NS, BD), tl.float32)
                 for t in tl.static_range(TILE):
@@ -129,13 +131,13 @@ def gradient_kernel(
                 tl.store(to_dA, tl.load(to_dA, in_state, 0.0) + tl.sum(e * dt_[:, None, :], 0), in_state)
                 v = tl.arange(0, TILE * NS * 2)
                 to = dBC + ((tl.program_id(0) * tokens + first) * NP + v // (2 * NS) * NP + n0) * 2 + v % (2 * NS)
-                tl.store(to, over_channels(grad, after, weights, NS, BD, PRECISION), v // (2 * NS) + tile * TILE < length)
+                tl.store(to, over_channels(grad, after, weights, NS, BD, PRECISE), v // (2 * NS) + tile * TILE < length)
             # The mask and the inputs again, by another expression: the registers of these would be missed above.
             inside = (i < length - tile * TILE)[:, None] & in_d[None, :]
             x_ = load_tile(x, first, d, inside, X_STRIDE)
             ddt_ = ddt_ * 0.6931471805599453 + x_ * du
             if SOFTPLUS:
-                ddt_ *= sigmoid(load_tile(dt, first, d, inside, DT_STRIDE) + bias_)
+                ddt_ *= sigmoid(load_tile(dt, first, d, inside, DT_STRIDE) + bias_, PRECISE)
             ddt_ = tl.where(inside, ddt_, 0.0)
             dD_ += tl.sum(g * x_, 0)
             dbias_ += tl.sum(ddt_, 0)
@@ -143,7 +145,7 @@ def gradient_kernel(
             store_tile(ddt, first, d, inside, ddt_, WIDTH)
             if GATE:
                 z_ = load_tile(z, first, d, inside, Z_STRIDE)
-                gate = sigmoid(z_)
+                gate = sigmoid(z_, PRECISE)
                 slope = gate * (1 + z_ * (1 - gate))
                 store_tile(dz, first, d, inside, load_tile(dy, first, d, inside, WIDTH) * y_ * slope, WIDTH)
     tl.store(dD + segment * WIDTH + d, dD_, in_d)

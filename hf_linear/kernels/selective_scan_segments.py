@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from hf_linear.kernels.layout import FIELDS, locate
-from hf_linear.kernels.selective_scan_tiles import RUN_TIME, TILE, UNALIGNED, load_tile, pick, sigmoid, step_size
+from hf_linear.kernels.selective_scan_tiles import RUN_TIME, TILE, UNALIGNED, decay_of, load_tile, pick, sigmoid, step_size
 
 
 @triton.jit(do_not_specialize=RUN_TIME, do_not_specialize_on_alignment=UNALIGNED)
@@ -22,7 +22,7 @@ def segment_kernel(
     T, row_blocks, segment_blocks, row_segments, given,
     WIDTH: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, BD: tl.constexpr,
     V_STRIDE: tl.constexpr, DT_STRIDE: tl.constexpr, Z_STRIDE: tl.constexpr,
-    BACK: tl.constexpr, GATE: tl.constexpr, SOFTPLUS: tl.constexpr, PACKED: tl.constexpr,
+    BACK: tl.constexpr, GATE: tl.constexpr, SOFTPLUS: tl.constexpr, PACKED: tl.constexpr, PRECISE: tl.constexpr,
 ):  # fmt: skip
     """One program: BD channels, a segment. v and W are x and B, BACK dy and C; other arguments as in `walk_kernel`.
 
@@ -55,18 +55,18 @@ def segment_kernel(
             tile = tiles - 1 - k if BACK else k
             first = start + tile * TILE
             inside = (i + tile * TILE < length)[:, None] & in_d[None, :]
-            dt_ = step_size(load_tile(dt, first, d, inside, DT_STRIDE), bias_, inside, SOFTPLUS)
+            dt_ = step_size(load_tile(dt, first, d, inside, DT_STRIDE), bias_, inside, SOFTPLUS, PRECISE)
             value = load_tile(v, first, d, inside, V_STRIDE)
             if not BACK:
                 value *= dt_
             elif GATE:
                 z_ = load_tile(z, first, d, inside, Z_STRIDE)
-                value *= z_ * sigmoid(z_)
+                value *= z_ * sigmoid(z_, PRECISE)
             for s in tl.static_range(TILE):
                 here = (i == (TILE - 1 - s if BACK else s))[:, None]
                 W_t = tl.load(W + first * NP + ((TILE - 1 - s if BACK else s) * NP + n))
                 own = pick(value, here, 0)[None, :] * W_t[:, None]
-                decay = tl.exp2(pick(dt_, here, 0)[None, :] * A_)
+                decay = decay_of(pick(dt_, here, 0)[None, :] * A_, PRECISE)
                 h = decay * (h + own) if BACK else decay * h + own
             sum_ += tl.sum(dt_, 0)
     tl.store(added + segment * SIZE + of_state, h, in_state)
@@ -87,4 +87,5 @@ def between_kernel(
         own = tl.load(added + segment * SIZE + k, k < SIZE, 0.0)
         tl.store(added + segment * SIZE + k, state, k < SIZE)
         total_ = tl.load(total + segment * WIDTH + k % WIDTH)
-        state = tl.where(total_ == float("inf"), 0.0, tl.exp2(A_ * total_)) * state + own
+        passes = total_ < float("inf")
+        state = tl.where(passes, tl.exp2(A_ * tl.where(passes, total_, 0.0)) * state, 0.0) + own

@@ -39,7 +39,7 @@ def step_kernel(
     if bias is not None:
         dt_ += tl.load(bias + d, in_d, 0.0).to(tl.float32)
     if SOFTPLUS:
-        dt_ = softplus(dt_)
+        dt_ = softplus(dt_, x.dtype.element_ty == tl.float32)
     B_ = tl.load(B + row * B_stride + n, in_n, 0.0).to(tl.float32)
     C_ = tl.load(C + row * C_stride + n, in_n, 0.0).to(tl.float32)
     h = tl.exp(dt_[:, None] * A_) * h + (dt_ * x_)[:, None] * B_[None, :]
@@ -49,7 +49,7 @@ def step_kernel(
         y_ += tl.load(D + d, in_d, 0.0).to(tl.float32) * x_
     if z is not None:
         z_ = tl.load(z + row * z_stride + d, in_d, 0.0).to(tl.float32)
-        y_ *= z_ * sigmoid(z_)
+        y_ *= z_ * sigmoid(z_, x.dtype.element_ty == tl.float32)
     tl.store(y + row * WIDTH + d, y_.to(y.dtype.element_ty), in_d)
 
 

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from hf_linear.kernels.layout import BLOCK
+from hf_linear.kernels.precise import exp
 
 TILE = tl.constexpr(16)  # tokens
 TILES = tl.constexpr(BLOCK.value // TILE.value)  # of a block
@@ -48,31 +49,53 @@ def store_tile(x, first, d, inside, value, STRIDE: tl.constexpr):
 
 
 @triton.jit
-def sigmoid(x):
-    """1 / (1 + exp(-x)) by two of the hardware's functions; a division would take five instructions."""
+def exp_of(x, PRECISE: tl.constexpr):
+    """exp(x), x <= 0, to a relative error of |x| 2^-24 at the least, or PRECISE."""
+    if PRECISE:
+        return exp(x, "tf32x3")
+    return tl.exp2(x * 1.4426950408889634)
+
+
+@triton.jit
+def decay_of(x, PRECISE: tl.constexpr):
+    """2^x, x <= 0. The hardware's errs to one side, which thousands of tokens with a decay near 1 would add up."""
+    found = tl.exp2(x)
+    if PRECISE:
+        y = x * 0.6931471805599453
+        near = 1 + y * (1 + y * (1 / 2 + y * (1 / 6 + y * (1 / 24 + y / 120))))
+        found = tl.where(y > -0.125, near, found)
+    return found
+
+
+@triton.jit
+def sigmoid(x, PRECISE: tl.constexpr):
+    """1 / (1 + exp(-x)); by two of the hardware's functions, where a division would take five instructions, or PRECISE."""
+    if PRECISE:
+        e = exp_of(-tl.abs(x), PRECISE)
+        return tl.where(x < 0, e, 1.0) / (1 + e)
     root = tl.rsqrt(1 + tl.exp2(x * -1.4426950408889634))
     return root * root
 
 
 @triton.jit
-def softplus(x):
-    """max(x, 0) + log(1 + e), e = exp(-|x|): the logarithm by a polynomial that errs by 3e-8 of it, however small e is."""
-    e = tl.exp2(tl.abs(x) * -1.4426950408889634)
-    series = 0.0051261021 * e - 0.029074065
-    series = series * e + 0.077516087
-    series = series * e - 0.13602248
-    series = series * e + 0.19076881
-    series = series * e - 0.24835399
-    series = series * e + 0.33318122
-    series = series * e - 0.49999445
-    series = series * e + 0.99999997
-    return series * e + tl.maximum(x, 0.0)
+def softplus(x, PRECISE: tl.constexpr):
+    """max(x, 0) + log(1 + e), e = exp(-|x|): the logarithm by a polynomial that errs by 2e-8 of it, however small e is."""
+    e = exp_of(-tl.abs(x), PRECISE)
+    series = -0.00446621159 * e + 0.0252240543
+    series = series * e - 0.066757725
+    series = series * e + 0.115618454
+    series = series * e - 0.158475657
+    series = series * e + 0.198541062
+    series = series * e - 0.249865262
+    series = series * e + 0.333328419
+    series = series * e - 0.49999997
+    return series * (e * e) + (e + tl.maximum(x, 0.0))
 
 
 @triton.jit
-def step_size(dt, bias, inside, SOFTPLUS: tl.constexpr):
+def step_size(dt, bias, inside, SOFTPLUS: tl.constexpr, PRECISE: tl.constexpr):
     """softplus(dt + bias) or dt + bias, and 0 where there is no token: a step that changes nothing."""
     dt += bias
     if SOFTPLUS:
-        dt = softplus(dt)
+        dt = softplus(dt, PRECISE)
     return tl.where(inside, dt, 0.0)

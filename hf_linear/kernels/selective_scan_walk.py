@@ -16,6 +16,7 @@ from hf_linear.kernels.selective_scan_tiles import (
     TILE,
     TILES,
     UNALIGNED,
+    decay_of,
     load_tile,
     pick,
     sigmoid,
@@ -30,7 +31,7 @@ def walk_kernel(
     T, row_blocks, segment_blocks, row_segments, given,
     WIDTH: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, BD: tl.constexpr,
     X_STRIDE: tl.constexpr, DT_STRIDE: tl.constexpr, Z_STRIDE: tl.constexpr,
-    GATE: tl.constexpr, SOFTPLUS: tl.constexpr, KEEP: tl.constexpr, PACKED: tl.constexpr,
+    GATE: tl.constexpr, SOFTPLUS: tl.constexpr, KEEP: tl.constexpr, PACKED: tl.constexpr, PRECISE: tl.constexpr,
 ):  # fmt: skip
     """One program: BD channels, a segment of a row.
 
@@ -71,17 +72,17 @@ def walk_kernel(
             if KEEP:
                 tl.store(states + (block * TILES + tile) * SIZE + of_state, h.to(states.dtype.element_ty), in_state)
             x_ = load_tile(x, first, d, inside, X_STRIDE)
-            dt_ = step_size(load_tile(dt, first, d, inside, DT_STRIDE), bias_, inside, SOFTPLUS)
+            dt_ = step_size(load_tile(dt, first, d, inside, DT_STRIDE), bias_, inside, SOFTPLUS, PRECISE)
             u, y_ = dt_ * x_, tl.zeros((TILE, BD), tl.float32)
             for t in tl.static_range(TILE):
                 here = (i == t)[:, None]
                 B_t, C_t = tl.load(B + first * NP + (t * NP + n)), tl.load(C + first * NP + (t * NP + n))
-                h = tl.exp2(pick(dt_, here, 0)[None, :] * A_) * h + pick(u, here, 0)[None, :] * B_t[:, None]
+                h = decay_of(pick(dt_, here, 0)[None, :] * A_, PRECISE) * h + pick(u, here, 0)[None, :] * B_t[:, None]
                 y_ = tl.where(here, tl.sum(h * C_t[:, None], 0)[None, :], y_)
             y_ += D_ * x_
             if GATE:
                 z_ = load_tile(z, first, d, inside, Z_STRIDE)
-                y_ *= z_ * sigmoid(z_)
+                y_ *= z_ * sigmoid(z_, PRECISE)
             store_tile(y, first, d, inside, y_, WIDTH)
         if PACKED:
             if (place & 2) != 0:

@@ -104,7 +104,7 @@ def forward_kernel(
         for t in tl.static_range(ROWS):
             p = convolve(taps, inputs, t, b_, W)
             if SILU:
-                p *= sigmoid(p)
+                p *= sigmoid(p, x.dtype.element_ty == tl.float32)
             tl.store(y + (first + t) * WIDTH + d, p.to(y.dtype.element_ty), in_d & (first + t < length))
     if (ahead == length) & (length > 0):  # the document ends here
         inputs = load_inputs(x, initial, length, behind, ahead, given, d, in_d, WIDTH, STRIDE, W, 0)
@@ -147,7 +147,7 @@ def backward_kernel(
             g = tl.load(dy + (first + t) * WIDTH + d, in_d & (first + t < ahead), 0.0).to(tl.float32)
             if SILU:
                 p = convolve(taps, inputs, t, b_, W)
-                gate = sigmoid(p)
+                gate = sigmoid(p, x.dtype.element_ty == tl.float32)
                 g *= gate * (1 + p * (1 - gate))
             grads = grads + (g,)
         for t in tl.static_range(ROWS):

@@ -43,7 +43,7 @@ def step_kernel(
     if W > 1:
         tl.store(held + (W - 2) * place_stride, new, in_d)
     if SILU:
-        p *= sigmoid(p)
+        p *= sigmoid(p, x.dtype.element_ty == tl.float32)
     tl.store(y + row * WIDTH + d, p.to(y.dtype.element_ty), in_d)
 
 
