@@ -1,4 +1,4 @@
-"""The Triton kernels of the selective scan and the short convolution against the oracle, as `test_kernels.py` has it: in Triton's
+"""The Triton kernels of the selective scan and the short convolution against the oracle, as in `test_kernels.py`: in Triton's
 interpreter where there is no GPU, in float32 and float16; on a GPU in every dtype, at larger shapes (`make gpu-test`)."""
 
 import copy
@@ -46,7 +46,7 @@ def distance(x, exact) -> float:
 
 
 def assert_as_exact_as_chunked(case: Case, inputs, bounds=None) -> None:
-    """An error against float64 at most twice that of chunked PyTorch, which computes in float32 and rounds to x's dtype at last.
+    """An error against float64 at most twice that of chunked PyTorch, which computes in float32 and rounds to x's dtype.
 
     The floor is the rounding of float32 itself, for results that come out exact there.
     """
