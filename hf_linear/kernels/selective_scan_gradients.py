@@ -31,16 +31,17 @@ from hf_linear.kernels.selective_scan_tiles import (
 
 
 @triton.jit
-def over_channels(a, b, weights, NS: tl.constexpr, BD: tl.constexpr, PRECISE: tl.constexpr):
-    """sum_d a[t, n, d] weights[2 t, d] and sum_d b[t, n, d] weights[2 t + 1, d], as [TILE NS 2].
+def store_sums(to, a, b, weights, tokens, NS: tl.constexpr, NP: tl.constexpr, BD: tl.constexpr, PRECISE: tl.constexpr):
+    """sum_d a[t, n, d] weights[2 t, d] and sum_d b[t, n, d] weights[2 t + 1, d], to [TILE, NP, 2] of a tile with `tokens` tokens.
 
     The product makes those of all pairs of tokens, of which one in TILE is wanted: the tensor cores have nothing else to do.
     """
     v, w = tl.arange(0, TILE * NS * 2), tl.arange(0, TILE * 2)
     both = tl.reshape(tl.permute(tl.join(a, b), (0, 1, 3, 2)), (TILE * NS * 2, BD))
     pairs = tl.dot(both, tl.trans(weights), input_precision="tf32x3" if PRECISE else "tf32")
-    wanted = v // (2 * NS) * 2 + v % 2
-    return tl.sum(tl.where(wanted[:, None] == w[None, :], pairs, 0.0), 1)
+    t = v // (2 * NS)
+    at = (to + t * (2 * NP) + v % (2 * NS))[:, None] + tl.zeros((TILE * 2,), tl.int32)[None, :]
+    tl.store(at, pairs, ((2 * t + v % 2)[:, None] == w[None, :]) & (t < tokens)[:, None])
 
 
 @triton.jit(do_not_specialize=RUN_TIME, do_not_specialize_on_alignment=UNALIGNED)
@@ -129,9 +130,8 @@ def gradient_kernel(
                     ddt_ += pick(e * A_[None, :, :], here, 1)
                 to_dA = dA + segment * SIZE + of_state
                 tl.store(to_dA, tl.load(to_dA, in_state, 0.0) + tl.sum(e * dt_[:, None, :], 0), in_state)
-                v = tl.arange(0, TILE * NS * 2)
-                to = dBC + ((tl.program_id(0) * tokens + first) * NP + v // (2 * NS) * NP + n0) * 2 + v % (2 * NS)
-                tl.store(to, over_channels(grad, after, weights, NS, BD, PRECISE), v // (2 * NS) + tile * TILE < length)
+                to = dBC + ((tl.program_id(0) * tokens + first) * NP + n0) * 2
+                store_sums(to, grad, after, weights, length - tile * TILE, NS, NP, BD, PRECISE)
             # The mask and the inputs again, by another expression: the registers of these would be missed above.
             inside = (i < length - tile * TILE)[:, None] & in_d[None, :]
             x_ = load_tile(x, first, d, inside, X_STRIDE)
