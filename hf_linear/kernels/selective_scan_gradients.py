@@ -25,23 +25,24 @@ from hf_linear.kernels.selective_scan_tiles import (
     load_tile,
     pick,
     sigmoid,
-    step_size,
+    step_sizes,
     store_tile,
 )
 
 
 @triton.jit
-def store_sums(to, a, b, weights, tokens, NS: tl.constexpr, NP: tl.constexpr, BD: tl.constexpr, PRECISE: tl.constexpr):
-    """sum_d a[t, n, d] weights[2 t, d] and sum_d b[t, n, d] weights[2 t + 1, d], to [TILE, NP, 2] of a tile with `tokens` tokens.
+def store_sums(to, a, b, weights, rows, NS: tl.constexpr, NP: tl.constexpr, BD: tl.constexpr, EXACT: tl.constexpr):
+    """sum_d a[t, n, d] weights[2 t, d] and sum_d b[t, n, d] weights[2 t + 1, d], to [TILE, NP, 2] of a tile of `rows` tokens.
 
+    tf32 has two digits more than bfloat16, to which the sums are rounded; of other dtypes EXACT, three products for one.
     The product makes those of all pairs of tokens, of which one in TILE is wanted: the tensor cores have nothing else to do.
     """
     v, w = tl.arange(0, TILE * NS * 2), tl.arange(0, TILE * 2)
     both = tl.reshape(tl.permute(tl.join(a, b), (0, 1, 3, 2)), (TILE * NS * 2, BD))
-    pairs = tl.dot(both, tl.trans(weights), input_precision="tf32x3" if PRECISE else "tf32")
+    pairs = tl.dot(both, tl.trans(weights), input_precision="tf32x3" if EXACT else "tf32")
     t = v // (2 * NS)
     at = (to + t * (2 * NP) + v % (2 * NS))[:, None] + tl.zeros((TILE * 2,), tl.int32)[None, :]
-    tl.store(at, pairs, ((2 * t + v % 2)[:, None] == w[None, :]) & (t < tokens)[:, None])
+    tl.store(at, pairs, ((2 * t + v % 2)[:, None] == w[None, :]) & (t < rows)[:, None])
 
 
 @triton.jit(do_not_specialize=RUN_TIME, do_not_specialize_on_alignment=UNALIGNED)
@@ -85,12 +86,11 @@ def gradient_kernel(
         tiles = tl.cdiv(length, TILE)
         for back in range(0, tiles):
             tile = tiles - 1 - back
-            first = start + tile * TILE
-            inside = (i + tile * TILE < length)[:, None] & in_d[None, :]
-            dt_ = step_size(load_tile(dt, first, d, inside, DT_STRIDE), bias_, inside, SOFTPLUS, PRECISE)
-            x_, g = load_tile(x, first, d, inside, X_STRIDE), load_tile(dy, first, d, inside, WIDTH)
+            first, rows = start + tile * TILE, length - tile * TILE
+            dt_ = step_sizes(dt, bias_, first, rows, d, DT_STRIDE, WIDTH, BD, SOFTPLUS, PRECISE)
+            x_, g = load_tile(x, first, rows, d, X_STRIDE, WIDTH, BD), load_tile(dy, first, rows, d, WIDTH, WIDTH, BD)
             if GATE:
-                z_ = load_tile(z, first, d, inside, Z_STRIDE)
+                z_ = load_tile(z, first, rows, d, Z_STRIDE, WIDTH, BD)
                 g *= z_ * sigmoid(z_, PRECISE)
             u = dt_ * x_
             weights = tl.reshape(tl.permute(tl.join(u, g), (0, 2, 1)), (TILE * 2, BD))
@@ -131,22 +131,23 @@ def gradient_kernel(
                 to_dA = dA + segment * SIZE + of_state
                 tl.store(to_dA, tl.load(to_dA, in_state, 0.0) + tl.sum(e * dt_[:, None, :], 0), in_state)
                 to = dBC + ((tl.program_id(0) * tokens + first) * NP + n0) * 2
-                store_sums(to, grad, after, weights, length - tile * TILE, NS, NP, BD, PRECISE)
-            # The mask and the inputs again, by another expression: the registers of these would be missed above.
-            inside = (i < length - tile * TILE)[:, None] & in_d[None, :]
-            x_ = load_tile(x, first, d, inside, X_STRIDE)
+                store_sums(to, grad, after, weights, rows, NS, NP, BD, x.dtype.element_ty != tl.bfloat16)
+            # The inputs again: their registers would be missed above.
+            x_ = load_tile(x, first, rows, d, X_STRIDE, WIDTH, BD)
             ddt_ = ddt_ * 0.6931471805599453 + x_ * du
             if SOFTPLUS:
-                ddt_ *= sigmoid(load_tile(dt, first, d, inside, DT_STRIDE) + bias_, PRECISE)
-            ddt_ = tl.where(inside, ddt_, 0.0)
+                raw = load_tile(dt, first, rows, d, DT_STRIDE, WIDTH, BD, float("-inf"))
+                ddt_ *= sigmoid(raw + bias_, PRECISE)
+            else:
+                ddt_ = tl.where((i < rows)[:, None], ddt_, 0.0)
             dD_ += tl.sum(g * x_, 0)
             dbias_ += tl.sum(ddt_, 0)
-            store_tile(dx, first, d, inside, dt_ * du + D_ * g, WIDTH)
-            store_tile(ddt, first, d, inside, ddt_, WIDTH)
+            store_tile(dx, first, rows, d, dt_ * du + D_ * g, WIDTH, WIDTH, BD)
+            store_tile(ddt, first, rows, d, ddt_, WIDTH, WIDTH, BD)
             if GATE:
-                z_ = load_tile(z, first, d, inside, Z_STRIDE)
+                z_ = load_tile(z, first, rows, d, Z_STRIDE, WIDTH, BD)
                 gate = sigmoid(z_, PRECISE)
                 slope = gate * (1 + z_ * (1 - gate))
-                store_tile(dz, first, d, inside, load_tile(dy, first, d, inside, WIDTH) * y_ * slope, WIDTH)
+                store_tile(dz, first, rows, d, load_tile(dy, first, rows, d, WIDTH, WIDTH, BD) * y_ * slope, WIDTH, WIDTH, BD)
     tl.store(dD + segment * WIDTH + d, dD_, in_d)
     tl.store(dbias + segment * WIDTH + d, dbias_, in_d)

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from hf_linear.kernels.layout import FIELDS, locate
-from hf_linear.kernels.selective_scan_tiles import RUN_TIME, TILE, UNALIGNED, decay_of, load_tile, pick, sigmoid, step_size
+from hf_linear.kernels.selective_scan_tiles import RUN_TIME, TILE, UNALIGNED, decay_of, load_tile, pick, sigmoid, step_sizes
 
 
 @triton.jit(do_not_specialize=RUN_TIME, do_not_specialize_on_alignment=UNALIGNED)
@@ -53,14 +53,13 @@ def segment_kernel(
         tiles = tl.cdiv(length, TILE)
         for k in range(0, tiles):
             tile = tiles - 1 - k if BACK else k
-            first = start + tile * TILE
-            inside = (i + tile * TILE < length)[:, None] & in_d[None, :]
-            dt_ = step_size(load_tile(dt, first, d, inside, DT_STRIDE), bias_, inside, SOFTPLUS, PRECISE)
-            value = load_tile(v, first, d, inside, V_STRIDE)
+            first, rows = start + tile * TILE, length - tile * TILE
+            dt_ = step_sizes(dt, bias_, first, rows, d, DT_STRIDE, WIDTH, BD, SOFTPLUS, PRECISE)
+            value = load_tile(v, first, rows, d, V_STRIDE, WIDTH, BD)
             if not BACK:
                 value *= dt_
             elif GATE:
-                z_ = load_tile(z, first, d, inside, Z_STRIDE)
+                z_ = load_tile(z, first, rows, d, Z_STRIDE, WIDTH, BD)
                 value *= z_ * sigmoid(z_, PRECISE)
             for s in tl.static_range(TILE):
                 here = (i == (TILE - 1 - s if BACK else s))[:, None]

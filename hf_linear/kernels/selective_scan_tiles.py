@@ -39,13 +39,31 @@ def tile_at(x, first, d, STRIDE: tl.constexpr):
 
 
 @triton.jit
-def load_tile(x, first, d, inside, STRIDE: tl.constexpr):
-    return tl.load(tile_at(x, first, d, STRIDE), inside, 0.0).to(tl.float32)
+def load_tile(x, first, rows, d, STRIDE: tl.constexpr, WIDTH: tl.constexpr, BD: tl.constexpr, other: tl.constexpr = 0.0):
+    """A tile of which `rows` are tokens; `other` where there are none, or no channels.
+
+    Most tiles are full, and their masks would cost as many instructions as the loads with their conversion.
+    """
+    at = tile_at(x, first, d, STRIDE)
+    if is_full(rows, WIDTH, BD):
+        found = tl.load(at)
+    else:
+        found = tl.load(at, (tl.arange(0, TILE) < rows)[:, None] & (d < WIDTH)[None, :], other)
+    return found.to(tl.float32)
 
 
 @triton.jit
-def store_tile(x, first, d, inside, value, STRIDE: tl.constexpr):
-    tl.store(tile_at(x, first, d, STRIDE), value.to(x.dtype.element_ty), inside)
+def store_tile(x, first, rows, d, value, STRIDE: tl.constexpr, WIDTH: tl.constexpr, BD: tl.constexpr):
+    at = tile_at(x, first, d, STRIDE)
+    if is_full(rows, WIDTH, BD):
+        tl.store(at, value.to(x.dtype.element_ty))
+    else:
+        tl.store(at, value.to(x.dtype.element_ty), (tl.arange(0, TILE) < rows)[:, None] & (d < WIDTH)[None, :])
+
+
+@triton.jit
+def is_full(rows, WIDTH: tl.constexpr, BD: tl.constexpr):
+    return (rows >= TILE) & (tl.program_id(0) * BD + BD <= WIDTH)
 
 
 @triton.jit
@@ -93,9 +111,11 @@ def softplus(x, PRECISE: tl.constexpr):
 
 
 @triton.jit
-def step_size(dt, bias, inside, SOFTPLUS: tl.constexpr, PRECISE: tl.constexpr):
-    """softplus(dt + bias) or dt + bias, and 0 where there is no token: a step that changes nothing."""
-    dt += bias
+def step_sizes(
+    dt, bias, first, rows, d, STRIDE: tl.constexpr, WIDTH: tl.constexpr, BD: tl.constexpr, SOFTPLUS: tl.constexpr,
+    PRECISE: tl.constexpr,
+):  # fmt: skip
+    """softplus(dt + bias) or dt + bias of a tile; 0, a step that changes nothing, where there is no token."""
     if SOFTPLUS:
-        dt = softplus(dt, PRECISE)
-    return tl.where(inside, dt, 0.0)
+        return softplus(load_tile(dt, first, rows, d, STRIDE, WIDTH, BD, float("-inf")) + bias, PRECISE)
+    return tl.where((tl.arange(0, TILE) < rows)[:, None], load_tile(dt, first, rows, d, STRIDE, WIDTH, BD) + bias, 0.0)

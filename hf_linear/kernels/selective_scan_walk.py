@@ -20,7 +20,7 @@ from hf_linear.kernels.selective_scan_tiles import (
     load_tile,
     pick,
     sigmoid,
-    step_size,
+    step_sizes,
     store_tile,
 )
 
@@ -67,12 +67,11 @@ def walk_kernel(
             if (place & 1) != 0:
                 h = tl.load(initial + document * SIZE + of_state, in_state & (given != 0), 0.0)
         for tile in range(0, tl.cdiv(length, TILE)):
-            first = start + tile * TILE
-            inside = (i + tile * TILE < length)[:, None] & in_d[None, :]
+            first, rows = start + tile * TILE, length - tile * TILE
             if KEEP:
                 tl.store(states + (block * TILES + tile) * SIZE + of_state, h.to(states.dtype.element_ty), in_state)
-            x_ = load_tile(x, first, d, inside, X_STRIDE)
-            dt_ = step_size(load_tile(dt, first, d, inside, DT_STRIDE), bias_, inside, SOFTPLUS, PRECISE)
+            x_ = load_tile(x, first, rows, d, X_STRIDE, WIDTH, BD)
+            dt_ = step_sizes(dt, bias_, first, rows, d, DT_STRIDE, WIDTH, BD, SOFTPLUS, PRECISE)
             u, y_ = dt_ * x_, tl.zeros((TILE, BD), tl.float32)
             for t in tl.static_range(TILE):
                 here = (i == t)[:, None]
@@ -81,9 +80,9 @@ def walk_kernel(
                 y_ = tl.where(here, tl.sum(h * C_t[:, None], 0)[None, :], y_)
             y_ += D_ * x_
             if GATE:
-                z_ = load_tile(z, first, d, inside, Z_STRIDE)
+                z_ = load_tile(z, first, rows, d, Z_STRIDE, WIDTH, BD)
                 y_ *= z_ * sigmoid(z_, PRECISE)
-            store_tile(y, first, d, inside, y_, WIDTH)
+            store_tile(y, first, rows, d, y_, WIDTH, WIDTH, BD)
         if PACKED:
             if (place & 2) != 0:
                 tl.store(final + document * SIZE + of_state, h, in_state)
