@@ -67,7 +67,7 @@ def assert_as_exact_as_chunked(case: Case, inputs, bounds=None) -> None:
 @pytest.mark.parametrize("T", [1, 16, 33])
 @cases
 def test_odd_lengths(case, T):
-    assert_as_exact_as_chunked(case, sample(case, T, B=2 if T == 16 else 1))
+    assert_as_exact_as_chunked(case, sample(case, T, B=2 if T == 1 else 1))
 
 
 @pytest.mark.parametrize(("channels", "states"), [(1, 1), (130, 2), (7, 8), (3, 64)])
@@ -93,15 +93,15 @@ def test_half_precision(case):
     ids=lambda x: " ".join(sorted(x)),
 )
 def test_optional_inputs(without):
-    inputs = sample(FULL, 18, V=2)
+    inputs = sample(FULL, 9, V=2)
     assert_as_exact_as_chunked(FULL, {name: x for name, x in inputs.items() if name not in without})
 
 
 def test_several_dtypes():
     """A float32 step size beside half precision, and weights of half precision."""
-    inputs = sample(FULL, 18, torch.float16, V=2)
+    inputs = sample(FULL, 9, torch.float16, V=2)
     assert_as_exact_as_chunked(FULL, inputs | {"dt": inputs["dt"].float()})
-    inputs = sample(SHORT_CONV[1], 18, torch.float16)
+    inputs = sample(SHORT_CONV[1], 9, torch.float16)
     assert_as_exact_as_chunked(SHORT_CONV[1], inputs | {"w": inputs["w"].float()})
 
 
@@ -128,7 +128,7 @@ def test_a_row_in_segments(bounds, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_padding_leaves_the_state_alone(dtype):
     """A step size of softplus(-inf) = 0, and no gradient through it."""
-    inputs = sample(FULL, 18, dtype, V=2)
+    inputs = sample(FULL, 9, dtype, V=2)
     inputs["dt"][:, :5] = -torch.inf
     found = run(FULL, "triton", inputs)
     assert all(x.isfinite().all() for x in found.values())
@@ -152,7 +152,7 @@ def test_every_element_is_written_and_runs_repeat(case, request):
 @cases
 def test_any_memory_layout(case):
     """Every second channel, halves of a projection as they are, transposed states."""
-    inputs = sample(case, 18, B=2, V=2)
+    inputs = sample(case, 9, B=2, V=2)
     odd = {name: torch.stack([x, x], -1)[..., 0] for name, x in inputs.items()}
     odd |= {name: torch.cat([x, x], -1).chunk(2, -1)[1] for name, x in inputs.items() if name in ("x", "z")}
     odd["initial_state"] = inputs["initial_state"].mT.contiguous().mT
