@@ -56,7 +56,9 @@ def ready(x: Tensor) -> Tensor:
 def evenly_spaced(x: Tensor) -> Tensor:
     """x [B, T, D] itself where its tokens are evenly spaced over the whole batch, with their channels side by side."""
     even = x.stride(2) == 1 and (x.shape[0] == 1 or x.stride(0) == x.shape[1] * x.stride(1))
-    return x if even else x.contiguous()
+    return (
+        x if even else x.clone(memory_format=torch.contiguous_format)
+    )  # contiguous() would leave a stride of one token as it is
 
 
 def product_precision(dtype: torch.dtype) -> str:
