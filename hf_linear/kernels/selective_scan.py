@@ -40,7 +40,7 @@ class Scan:
         self.N, self.NP = A.shape[1], max(triton.next_power_of_2(A.shape[1]), STATES)
         self.x, self.dt, self.z = evenly_spaced(x), evenly_spaced(dt), None if z is None else evenly_spaced(z)
         self.A = (A.float().T * LOG2_E).contiguous()
-        self.B, self.C = (F.pad(y.float().flatten(0, 1), (0, self.NP - self.N, 0, TILE.value)) for y in (B, C))
+        self.BC = F.pad(torch.stack([B.float(), C.float()], -1).flatten(0, 1), (0, 0, 0, self.NP - self.N, 0, TILE.value))
         self.D, self.bias = (self.A.new_zeros(self.width) if y is None else y.float().contiguous() for y in (D, dt_bias))
         self.layout = make_layout(self.batch, self.T, cu_seqlens)
         self.blocks = cdiv(self.width, CHANNELS)
@@ -70,14 +70,14 @@ class Scan:
     def new_parts(self, *shape: int) -> Tensor:
         return self.x.new_empty(self.segments, *shape, dtype=torch.float32)
 
-    def between(self, back: bool, v: Tensor, W: Tensor, edge: Tensor | None) -> Tensor:
+    def between(self, back: bool, v: Tensor, edge: Tensor | None) -> Tensor:
         """[segments, N, D]: of several segments a row, the state that enters each, or the gradient of that which leaves it."""
         added = self.new_parts(self.N, self.width)
         if self.parts > 1:
             total = self.new_parts(self.width)
             self.launch(
                 segment_kernel, v.dtype,
-                (v, self.dt, self.A, W, self.z, self.bias, absent(edge, added), added, total, self.layout.table,
+                (v, self.dt, self.A, self.BC, self.z, self.bias, absent(edge, added), added, total, self.layout.table,
                  *self.sizes(edge)),
                 V_STRIDE=v.stride(1), BACK=back, GATE=back and self.z is not None,
             )  # fmt: skip
@@ -93,8 +93,8 @@ class Scan:
         self.launch(
             walk_kernel, None,
             (
-                self.x, self.dt, self.A, self.B, self.C, self.D, self.z, self.bias, y, absent(initial, final), final,
-                self.between(False, self.x, self.B, initial), states, self.layout.table, *self.sizes(initial),
+                self.x, self.dt, self.A, self.BC, self.D, self.z, self.bias, y, absent(initial, final), final,
+                self.between(False, self.x, initial), states, self.layout.table, *self.sizes(initial),
             ),
             X_STRIDE=self.x.stride(1), GATE=self.z is not None, KEEP=keep,
         )  # fmt: skip
@@ -112,8 +112,8 @@ class Scan:
         self.launch(
             gradient_kernel, (dy.dtype, states.dtype),
             (
-                self.x, self.dt, self.A, self.B, self.C, self.D, self.z, self.bias, states, dy, absent(d_final, d_initial),
-                d_initial, dx, ddt, dz, dA, dBC, dD, dbias, self.between(True, dy, self.C, d_final), self.layout.table,
+                self.x, self.dt, self.A, self.BC, self.D, self.z, self.bias, states, dy, absent(d_final, d_initial),
+                d_initial, dx, ddt, dz, dA, dBC, dD, dbias, self.between(True, dy, d_final), self.layout.table,
                 *self.sizes(d_final), tokens,
             ),
             NS=STATES, X_STRIDE=self.x.stride(1), GATE=self.z is not None,

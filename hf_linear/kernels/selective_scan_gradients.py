@@ -47,7 +47,7 @@ def store_sums(to, a, b, weights, rows, NS: tl.constexpr, NP: tl.constexpr, BD: 
 
 @triton.jit(do_not_specialize=RUN_TIME, do_not_specialize_on_alignment=UNALIGNED)
 def gradient_kernel(
-    x, dt, A, B, C, D, z, bias, states, dy, d_final, d_initial, dx, ddt, dz, dA, dBC, dD, dbias, carry, table,
+    x, dt, A, BC, D, z, bias, states, dy, d_final, d_initial, dx, ddt, dz, dA, dBC, dD, dbias, carry, table,
     T, row_blocks, segment_blocks, row_segments, given, tokens,
     WIDTH: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, NS: tl.constexpr, BD: tl.constexpr,
     X_STRIDE: tl.constexpr, DT_STRIDE: tl.constexpr, Z_STRIDE: tl.constexpr,
@@ -62,7 +62,7 @@ def gradient_kernel(
     grid     (WIDTH / BD, segments)
     traffic  x, dt, z, dy, dx, ddt and dz once, and x, dt, z and dy again from the L2: 14 bytes a token and channel in
              bfloat16; of the states 2 at N = 16; of dBC N / 16
-    cost     N + 9 special functions a token and channel, about 28 N instructions: what the kernel waits for
+    cost     N + 9 special functions a token and channel, about 23 N instructions: what the kernel waits for
     oracle   hf_linear.ops.reference.selective_scan
     """
     segment = tl.program_id(1).to(tl.int64)
@@ -104,8 +104,9 @@ def gradient_kernel(
                 A_ = tl.load(A + of_state, in_state, 0.0)
                 h = tl.load(states + (block * TILES + tile) * SIZE + of_state, in_state, 0.0).to(tl.float32)
                 dh = tl.load(behind + of_state, in_state & known, 0.0)
-                at = first * NP + n0 + i[:, None] * NP + tl.arange(0, NS)[None, :]
-                B_, C_ = tl.load(B + at)[:, :, None], tl.load(C + at)[:, :, None]
+                at = (first * NP + n0) * 2 + i[:, None] * (2 * NP) + tl.arange(0, 2 * NS)[None, :]
+                B_, C_ = tl.split(tl.reshape(tl.load(BC + at), (TILE, NS, 2)))
+                B_, C_ = B_[:, :, None], C_[:, :, None]
                 decay = decay_of(dt_[:, None, :] * A_[None, :, :], PRECISE)
                 added, read = u[:, None, :] * B_, g[:, None, :] * C_
                 before, after = tl.zeros((TILE, NS, BD), tl.float32), tl.zeros((TILE, NS, BD), tl.float32)

@@ -13,18 +13,28 @@ import triton
 import triton.language as tl
 
 from hf_linear.kernels.layout import FIELDS, locate
-from hf_linear.kernels.selective_scan_tiles import RUN_TIME, TILE, UNALIGNED, decay_of, load_tile, pick, sigmoid, step_sizes
+from hf_linear.kernels.selective_scan_tiles import (
+    RUN_TIME,
+    TILE,
+    UNALIGNED,
+    decay_of,
+    load_numbers,
+    load_tile,
+    pick,
+    sigmoid,
+    step_sizes,
+)
 
 
 @triton.jit(do_not_specialize=RUN_TIME, do_not_specialize_on_alignment=UNALIGNED)
 def segment_kernel(
-    v, dt, A, W, z, bias, edge, added, total, table,
+    v, dt, A, BC, z, bias, edge, added, total, table,
     T, row_blocks, segment_blocks, row_segments, given,
     WIDTH: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, BD: tl.constexpr,
     V_STRIDE: tl.constexpr, DT_STRIDE: tl.constexpr, Z_STRIDE: tl.constexpr,
     BACK: tl.constexpr, GATE: tl.constexpr, SOFTPLUS: tl.constexpr, PACKED: tl.constexpr, PRECISE: tl.constexpr,
 ):  # fmt: skip
-    """One program: BD channels, a segment. v and W are x and B, BACK dy and C; other arguments as in `walk_kernel`.
+    """One program: BD channels, a segment. v is x, BACK dy; other arguments as in `walk_kernel`.
 
     edge: [documents, N, WIDTH], the initial states, BACK the gradients of the final ones; added: [segments, N, WIDTH]; total:
     [segments, WIDTH], the sum of dt, infinite where a document begins (BACK: ends) and nothing passes.
@@ -63,8 +73,8 @@ def segment_kernel(
                 value *= z_ * sigmoid(z_, PRECISE)
             for s in tl.static_range(TILE):
                 here = (i == (TILE - 1 - s if BACK else s))[:, None]
-                W_t = tl.load(W + first * NP + ((TILE - 1 - s if BACK else s) * NP + n))
-                own = pick(value, here, 0)[None, :] * W_t[:, None]
+                B_t, C_t = load_numbers(BC, first, TILE - 1 - s if BACK else s, NP)
+                own = pick(value, here, 0)[None, :] * (C_t if BACK else B_t)[:, None]
                 decay = decay_of(pick(dt_, here, 0)[None, :] * A_, PRECISE)
                 h = decay * (h + own) if BACK else decay * h + own
             sum_ += tl.sum(dt_, 0)

@@ -53,6 +53,12 @@ def load_tile(x, first, rows, d, STRIDE: tl.constexpr, WIDTH: tl.constexpr, BD: 
 
 
 @triton.jit
+def load_numbers(BC, first, t: tl.constexpr, NP: tl.constexpr):
+    """B and C of a tile's token t, [NP] each: 16 bytes at a time."""
+    return tl.split(tl.reshape(tl.load(BC + first * (2 * NP) + (t * (2 * NP) + tl.arange(0, 2 * NP))), (NP, 2)))
+
+
+@triton.jit
 def store_tile(x, first, rows, d, value, STRIDE: tl.constexpr, WIDTH: tl.constexpr, BD: tl.constexpr):
     at = tile_at(x, first, d, STRIDE)
     if is_full(rows, WIDTH, BD):

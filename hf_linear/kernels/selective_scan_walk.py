@@ -17,6 +17,7 @@ from hf_linear.kernels.selective_scan_tiles import (
     TILES,
     UNALIGNED,
     decay_of,
+    load_numbers,
     load_tile,
     pick,
     sigmoid,
@@ -27,7 +28,7 @@ from hf_linear.kernels.selective_scan_tiles import (
 
 @triton.jit(do_not_specialize=RUN_TIME, do_not_specialize_on_alignment=UNALIGNED)
 def walk_kernel(
-    x, dt, A, B, C, D, z, bias, y, initial, final, entering, states, table,
+    x, dt, A, BC, D, z, bias, y, initial, final, entering, states, table,
     T, row_blocks, segment_blocks, row_segments, given,
     WIDTH: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, BD: tl.constexpr,
     X_STRIDE: tl.constexpr, DT_STRIDE: tl.constexpr, Z_STRIDE: tl.constexpr,
@@ -36,9 +37,9 @@ def walk_kernel(
     """One program: BD channels, a segment of a row.
 
     x, dt, z and y: [tokens, WIDTH], the first three with a stride of their own between tokens; A: [N, WIDTH], times log2(e);
-    B, C: [tokens + TILE, NP] float32, zeros from N on; D, bias: [WIDTH] float32; initial, final: [documents, N, WIDTH];
-    entering: [segments, N, WIDTH], the state before each segment of several. KEEP: states [blocks TILES, N, WIDTH], the state
-    before every tile.
+    BC: [tokens + TILE, NP, 2] float32, B and C side by side, zeros from N on; D, bias: [WIDTH] float32; initial, final:
+    [documents, N, WIDTH]; entering: [segments, N, WIDTH], the state before each segment of several. KEEP: states
+    [blocks TILES, N, WIDTH], the state before every tile.
     grid     (WIDTH / BD, segments)
     dtypes   x, dt, z, y as they are; everything else and all arithmetic float32, but `states` as the caller made them
     traffic  x, dt, z and y once, 8 bytes a token and channel in bfloat16; with KEEP 2 more at N = 16. B and C from a cache
@@ -75,7 +76,7 @@ def walk_kernel(
             u, y_ = dt_ * x_, tl.zeros((TILE, BD), tl.float32)
             for t in tl.static_range(TILE):
                 here = (i == t)[:, None]
-                B_t, C_t = tl.load(B + first * NP + (t * NP + n)), tl.load(C + first * NP + (t * NP + n))
+                B_t, C_t = load_numbers(BC, first, t, NP)
                 h = decay_of(pick(dt_, here, 0)[None, :] * A_, PRECISE) * h + pick(u, here, 0)[None, :] * B_t[:, None]
                 y_ = tl.where(here, tl.sum(h * C_t[:, None], 0)[None, :], y_)
             y_ += D_ * x_
