@@ -263,6 +263,23 @@ def test_step_in_any_memory_layout(case, step, backend):
     torch.testing.assert_close(state, expected[1], rtol=1e-5, atol=1e-6)
 
 
+@backends
+@pytest.mark.parametrize(("case", "step"), [STEPS[1], STEPS[3]], ids=["selective_scan", "short_conv"])
+def test_step_compiled(case, step, backend):
+    """On a part of a larger state, as GLA's convolutions hold theirs; the graph keeps the mutation."""
+    inputs = sample(case, 1, B=2)
+    state = inputs.pop("initial_state")
+    held = torch.cat([state, state], -1)
+
+    def call(inputs, held):
+        return take_step(case, step, inputs | {"initial_state": held.chunk(2, -1)[1]}, backend)[0]
+
+    found_state = held.clone()
+    found = torch.compile(call, fullgraph=True, backend="aot_eager")(inputs, found_state)
+    assert torch.equal(found, call(inputs, held))
+    assert torch.equal(found_state, held) and not torch.equal(held.chunk(2, -1)[1], state)
+
+
 @pytest.mark.parametrize("initial", [True, False], ids=["initial_state", "no_initial_state"])
 @pytest.mark.parametrize(("case", "step"), [STEPS[1], STEPS[3]], ids=["selective_scan", "short_conv"])
 def test_ops_take_the_step_and_leave_their_state_alone(case, step, initial, monkeypatch):

@@ -131,7 +131,7 @@ def gradient_kernel(
                     ddt_ += pick(e * A_[None, :, :], here, 1)
                 to_dA = dA + segment * SIZE + of_state
                 tl.store(to_dA, tl.load(to_dA, in_state, 0.0) + tl.sum(e * dt_[:, None, :], 0), in_state)
-                to = dBC + ((tl.program_id(0) * tokens + first) * NP + n0) * 2
+                to = dBC + ((tl.program_id(0).to(tl.int64) * tokens + first) * NP + n0) * 2
                 store_sums(to, grad, after, weights, rows, NS, NP, BD, x.dtype.element_ty != tl.bfloat16)
             # The inputs again: their registers would be missed above.
             x_ = load_tile(x, first, rows, d, X_STRIDE, WIDTH, BD)

@@ -6,7 +6,7 @@
 A thread has two channels and walks over the tokens of a block, 8 at a time: what a token shares with its neighbours is in its
 registers. The backward pass keeps the inputs alone and computes p again.
 
-grid     (D / 256, blocks of 128 tokens)
+grid     D / 256 times the blocks of 128 tokens, channels first
 dtypes   x, y and the states as they are; taps, bias and all arithmetic float32
 traffic  forward x and y once, backward x, dy and dx once; W - 1 tokens more for every 8, from a cache. Partial sums of dw, one
          a block, are added up afterwards: no atomics, the same bits every run
@@ -30,6 +30,13 @@ from hf_linear.kernels.selective_scan_tiles import sigmoid
 
 ROWS, CHANNELS = 8, 256  # tokens at a time, channels of a program
 RUN_TIME = ("T", "row_blocks", "given", "returns")
+
+
+@triton.jit
+def own_part(WIDTH: tl.constexpr, BD: tl.constexpr):
+    """A program's block and channels; on one axis of the grid, for the others end at 65535."""
+    of_channels: tl.constexpr = tl.cdiv(WIDTH, BD)
+    return tl.program_id(0) // of_channels, tl.program_id(0) % of_channels * BD + tl.arange(0, BD)
 
 
 @triton.jit
@@ -91,8 +98,8 @@ def forward_kernel(
     SILU: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """x, y: [tokens, WIDTH], x with a stride of its own; w: [W, WIDTH]; initial, final: [documents, W - 1, WIDTH]."""
-    start, length, behind, ahead, document = place(tl.program_id(1), T, row_blocks, table, PACKED)
-    d = tl.program_id(0) * BD + tl.arange(0, BD)
+    block, d = own_part(WIDTH, BD)
+    start, length, behind, ahead, document = place(block, T, row_blocks, table, PACKED)
     in_d = d < WIDTH
     b_, taps = tl.load(b + d, in_d, 0.0), load_taps(w, d, in_d, WIDTH, W)
     x += start * STRIDE
@@ -126,9 +133,8 @@ def backward_kernel(
     SILU: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """dy, dx: [tokens, WIDTH]; dw: [blocks, W, WIDTH]; db: [blocks, WIDTH]; d_final, d_initial: [documents, W - 1, WIDTH]."""
-    block = tl.program_id(1).to(tl.int64)
-    start, length, behind, ahead, document = place(tl.program_id(1), T, row_blocks, table, PACKED)
-    d = tl.program_id(0) * BD + tl.arange(0, BD)
+    block, d = own_part(WIDTH, BD)
+    start, length, behind, ahead, document = place(block, T, row_blocks, table, PACKED)
     in_d = d < WIDTH
     b_, taps = tl.load(b + d, in_d, 0.0), load_taps(w, d, in_d, WIDTH, W)
     x += start * STRIDE
@@ -168,8 +174,8 @@ def backward_kernel(
                     before += taps[j] * grads[s - (W - 1) + j]
                 tl.store(d_initial + s * WIDTH + d, before.to(d_initial.dtype.element_ty), in_d)
     for j in tl.static_range(W):
-        tl.store(dw + (block * W + (W - 1 - j)) * WIDTH + d, sums[j], in_d)
-    tl.store(db + block * WIDTH + d, db_, in_d)
+        tl.store(dw + (block * W + (W - 1 - j)).to(tl.int64) * WIDTH + d, sums[j], in_d)
+    tl.store(db + block.to(tl.int64) * WIDTH + d, db_, in_d)
 
 
 class Convolution:
@@ -181,7 +187,7 @@ class Convolution:
         self.w = w.T.float().contiguous()
         self.b = self.w.new_zeros(self.width) if b is None else ready(b.float())
         self.layout = make_layout(self.batch, T, cu_seqlens)
-        self.grid = (cdiv(self.width, CHANNELS), self.layout.blocks)
+        self.grid = (cdiv(self.width, CHANNELS) * self.layout.blocks,)
         self.sizes = (T, self.layout.row_blocks)
         self.constants = {
             "WIDTH": self.width, "STRIDE": self.x.stride(1), "W": self.W, "ROWS": ROWS, "BD": CHANNELS, "SILU": silu,
