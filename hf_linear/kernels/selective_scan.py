@@ -14,18 +14,17 @@ import torch
 import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 
 from hf_linear.kernels.launch import cdiv, evenly_spaced, launch, on_device
 from hf_linear.kernels.layout import make_layout, row_segments
 from hf_linear.kernels.selective_scan_gradients import gradient_kernel
 from hf_linear.kernels.selective_scan_segments import between_kernel, segment_kernel
-from hf_linear.kernels.selective_scan_tiles import CHANNELS, TILE, TILES
+from hf_linear.kernels.selective_scan_tiles import CHANNELS, TILE, TILES, numbers_kernel
 from hf_linear.kernels.selective_scan_walk import walk_kernel
 
 LOG2_E = 1.4426950408889634
 STATES = 2  # that the gradients take at a time: what the registers of a thread hold of a tile
-PART = 1024
+ROWS, PART = 64, 1024
 OPTIONS = {"num_warps": CHANNELS // 32, "num_stages": 1}
 
 
@@ -39,8 +38,8 @@ class Scan:
         self.batch, self.T, self.width = x.shape
         self.N, self.NP = A.shape[1], max(triton.next_power_of_2(A.shape[1]), STATES)
         self.x, self.dt, self.z = evenly_spaced(x), evenly_spaced(dt), None if z is None else evenly_spaced(z)
-        self.A = (A.float().T * LOG2_E).contiguous()
-        self.BC = F.pad(torch.stack([B.float(), C.float()], -1).flatten(0, 1), (0, 0, 0, self.NP - self.N, 0, TILE.value))
+        self.A = torch.mul(A.float().T, LOG2_E, out=A.new_empty(self.N, self.width, dtype=torch.float32))
+        self.BC = side_by_side(B, C, self.NP)
         self.D, self.bias = (self.A.new_zeros(self.width) if y is None else y.float().contiguous() for y in (D, dt_bias))
         self.layout = make_layout(self.batch, self.T, cu_seqlens)
         self.blocks = cdiv(self.width, CHANNELS)
@@ -120,6 +119,17 @@ class Scan:
         )  # fmt: skip
         dB, dC = dBC.sum(0).view(self.batch, self.T, self.NP, 2)[..., : self.N, :].unbind(-1)
         return dx, ddt, dA.sum(0).T, dB, dC, dD.sum(0), dz, dbias.sum(0), d_initial
+
+
+def side_by_side(B: Tensor, C: Tensor, NP: int) -> Tensor:
+    """[tokens + TILE, NP, 2] float32, zeros from N on."""
+    B, C, (batch, T, N) = evenly_spaced(B), evenly_spaced(C), B.shape
+    BC = B.new_empty(batch * T + TILE.value, NP, 2, dtype=torch.float32)
+    launch(
+        numbers_kernel, (cdiv(len(BC), ROWS),), (B.dtype, C.dtype, N),
+        (B, C, BC, batch * T, B.stride(1), C.stride(1)), lambda: {"N": N, "NP": NP, "ROWS": ROWS},
+    )  # fmt: skip
+    return BC
 
 
 def absent(x: Tensor | None, instead: Tensor) -> Tensor:

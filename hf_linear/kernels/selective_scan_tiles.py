@@ -19,7 +19,7 @@ CHANNELS = 128  # of a program, one a thread
 RUN_TIME = ("T", "row_blocks", "segment_blocks", "row_segments", "given", "tokens")
 UNALIGNED = (
     *("x", "v", "dt", "A", "D", "z", "bias", "y", "initial", "final", "states", "edge", "added", "total", "entering"),
-    *("dy", "d_final", "d_initial", "dx", "ddt", "dz", "dA", "dD", "dbias", "carry"),
+    *("dy", "d_final", "d_initial", "dx", "ddt", "dz", "dA", "dD", "dbias", "carry", "B", "C"),
 )
 
 
@@ -50,6 +50,17 @@ def load_tile(x, first, rows, d, STRIDE: tl.constexpr, WIDTH: tl.constexpr, BD: 
     else:
         found = tl.load(at, (tl.arange(0, TILE) < rows)[:, None] & (d < WIDTH)[None, :], other)
     return found.to(tl.float32)
+
+
+@triton.jit(do_not_specialize=("tokens", "B_stride", "C_stride"), do_not_specialize_on_alignment=UNALIGNED)
+def numbers_kernel(B, C, BC, tokens, B_stride, C_stride, N: tl.constexpr, NP: tl.constexpr, ROWS: tl.constexpr):
+    """BC [tokens + TILE, NP, 2] float32 of B and C [tokens, N], zeros where these have nothing. grid (tokens / ROWS,)"""
+    token, n = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS), tl.arange(0, NP)
+    inside = (token < tokens)[:, None] & (n < N)[None, :]
+    B_ = tl.load(B + token[:, None] * B_stride + n[None, :], inside, 0.0).to(tl.float32)
+    C_ = tl.load(C + token[:, None] * C_stride + n[None, :], inside, 0.0).to(tl.float32)
+    to = BC + token[:, None] * (2 * NP) + tl.arange(0, 2 * NP)[None, :]
+    tl.store(to, tl.reshape(tl.join(B_, C_), (ROWS, 2 * NP)), (token < tokens + TILE)[:, None])
 
 
 @triton.jit
