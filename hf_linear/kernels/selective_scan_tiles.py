@@ -93,7 +93,7 @@ def exp_of(x, PRECISE: tl.constexpr):
 
 @triton.jit
 def decay_of(x, PRECISE: tl.constexpr):
-    """2^x, x <= 0. The hardware's errs to one side, which thousands of tokens with a decay near 1 would add up."""
+    """2^x, x <= 0. Where decays are near 1, tokens add up what an exponential errs to one side: PRECISE does not."""
     found = tl.exp2(x)
     if PRECISE:
         y = x * 0.6931471805599453
