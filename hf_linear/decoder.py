@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
@@ -23,11 +24,20 @@ from transformers.modeling_layers import (
     GradientCheckpointingLayer,
 )
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
+from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from hf_linear.cache import CACHE_NAME, prepare_cache, takes_cache_by_either_name
+from hf_linear.checkpoints.layout import (
+    Layout,
+    check_derived,
+    check_loaded,
+    layout_of_config,
+    layout_of_weights,
+    read_keys,
+)
 from hf_linear.inputs import (
     check_inputs,
     check_mask,
@@ -38,10 +48,11 @@ from hf_linear.inputs import (
     positions,
 )
 from hf_linear.mixers import MIXERS
-from hf_linear.mixers.attention import Attention
+from hf_linear.mixers.attention import Attention, Product
 from hf_linear.mixers.hyena import HyenaFilter
 from hf_linear.mixers.mamba import Mamba
 from hf_linear.mixers.mamba2 import Mamba2
+from hf_linear.mixers.shared_attention import SharedAttention, SharedBlock, SharedMLP
 from hf_linear.modules.loss import linear_cross_entropy, share_of_labels
 from hf_linear.modules.mlp import GatedMLP
 from hf_linear.modules.moe import Experts, SparseMLP, TopKRouter, load_balancing_loss
@@ -56,14 +67,21 @@ class LinearConfig(PreTrainedConfig):
         intermediate_size: width of the MLP; None for hidden_size * hidden_ratio * 2 / 3 rounded up to a multiple of 256.
         num_kv_heads: key-value heads; None for num_heads.
         head_dim: width of an attention head; None for hidden_size / num_heads.
+        attention_output_gate: multiply what attention's heads give by sigmoid(W x).
+        use_qk_norm: normalise the heads of attention's queries and keys.
+        attention_multiplier: what attention's scores are multiplied by; None for head_dim ** -0.5.
+        residual_multiplier: what mixers and MLPs give is multiplied by before it is added.
+        logits_scaling: what the logits are divided by.
         rope_parameters: rotary positions of attention layers, as everywhere in Transformers; None for no positions.
+        embedding_multiplier: what embeddings are multiplied by; sqrt(hidden_size) in models of fairseq.
+        use_embedding_norm: normalise embeddings, once multiplied.
         sliding_window: tokens that a sliding attention layer sees.
         mixers: the mixer of each layer, by name; None for the family's own in every layer.
         layer_types: Transformers' words for the mixers; follows from `mixers`, and stands in for it when given alone.
         fuse_linear_cross_entropy: in training with labels, compute the loss without ever holding the logits of all tokens. The
             output then has none: Trainer needs them in evaluation alone, where they are there as ever.
-        mlp_layer_types: "dense" or "sparse" for each layer: an MLP, or a mixture of experts in its place. None for dense
-            layers, and for sparse ones where `num_experts` is given.
+        mlp_layer_types: "dense", "sparse" or "none" for each layer: an MLP, or a mixture of experts in its place, or neither,
+            the mixer alone. None for dense layers, and for sparse ones where `num_experts` is given.
         num_experts: experts of a sparse layer; answers to `num_local_experts` too.
         num_experts_per_tok: experts that a token goes through.
         moe_intermediate_size: width of an expert; None for intermediate_size.
@@ -82,6 +100,7 @@ class LinearConfig(PreTrainedConfig):
     }
     mixer: ClassVar[str]
     presets: ClassVar[dict[str, dict[str, Any]]] = {}
+    layouts: ClassVar[tuple[Layout, ...]] = ()  # of other libraries, read as they are
     # Fields of flash-linear-attention that are none of ours, each with the one value that means what our models compute.
     foreign: ClassVar[dict[str, Any]] = {"attn": None}
 
@@ -97,7 +116,14 @@ class LinearConfig(PreTrainedConfig):
     max_position_embeddings: int = 2048
     norm_eps: float = 1e-6
     initializer_range: float = 0.02
+    embedding_multiplier: float | int = 1.0
+    use_embedding_norm: bool = False
     attention_bias: bool = False
+    attention_output_gate: bool = False
+    use_qk_norm: bool = False
+    attention_multiplier: float | int | None = None
+    residual_multiplier: float | int = 1.0
+    logits_scaling: float | int = 1.0
     rope_parameters: dict | None = None
     sliding_window: int | None = None
     mixers: list[str] | None = None
@@ -130,6 +156,8 @@ class LinearConfig(PreTrainedConfig):
         sizes = ("vocab_size", "hidden_size", "num_hidden_layers", "head_dim", "intermediate_size", "max_position_embeddings")
         self.check_least(**dict.fromkeys(sizes, 1))
         self.check_choice("hidden_act", ACT2FN)
+        if self.logits_scaling <= 0:
+            raise ValueError(f"logits_scaling must be above 0, got {self.logits_scaling}: leave it out for no scaling")
         self.set_layers()
         self.set_experts()
         no_positions = self.rope_parameters is None and "rope_theta" not in kwargs and "rope_scaling" not in kwargs
@@ -137,6 +165,16 @@ class LinearConfig(PreTrainedConfig):
         if no_positions:  # the base class reads None as its default rotary positions
             self.rope_parameters = None
         self.check_rope()
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> LinearConfig:
+        """As everywhere; a config.json in a foreign layout gives the config of the family that it is here."""
+        layout = layout_of_config(cls.layouts, config_dict)
+        if layout is None:
+            return super().from_dict(config_dict, **kwargs)
+        fields = layout.read_config(config_dict)
+        family = cls if fields["model_type"] == cls.model_type else CONFIG_MAPPING[fields["model_type"]]
+        return family.from_dict(fields, **kwargs)
 
     @classmethod
     def known_mixers(cls) -> list[str]:
@@ -227,10 +265,10 @@ class LinearConfig(PreTrainedConfig):
         """Fill `mlp_layer_types` and `moe_intermediate_size`, and check what sparse layers are made of."""
         if self.mlp_layer_types is None:
             self.mlp_layer_types = ["sparse" if self.num_experts else "dense"] * self.num_hidden_layers
-        unknown = sorted(set(self.mlp_layer_types) - {"dense", "sparse"})
+        unknown = sorted(set(self.mlp_layer_types) - {"dense", "sparse", "none"})
         if unknown:
             raise ValueError(
-                f"mlp_layer_types must be of ['dense', 'sparse'], got {unknown}: what mixes tokens is named in `mixers`"
+                f"mlp_layer_types must be of ['dense', 'sparse', 'none'], got {unknown}: what mixes tokens is named in `mixers`"
             )
         if len(self.mlp_layer_types) != self.num_hidden_layers:
             raise ValueError(
@@ -259,6 +297,12 @@ class LinearConfig(PreTrainedConfig):
                 "change either"
             )
 
+    def validate(self) -> None:
+        """Transformers' own checks, without the one that knows no layer that is a mixer alone: `set_experts` has it."""
+        kinds, self.mlp_layer_types = self.mlp_layer_types, None
+        super().validate()
+        self.mlp_layer_types = kinds
+
     def check_rope(self) -> None:
         rope = self.rope_parameters
         if rope is None or set(self.layer_types or []) <= {"linear_attention"}:
@@ -276,20 +320,32 @@ class LinearConfig(PreTrainedConfig):
 
 
 class DecoderLayer(GradientCheckpointingLayer):
-    """x + mixer(norm(x)), then x + mlp(norm(x))."""
+    """x + mixer(norm(x)), then x + mlp(norm(x)), where there is an MLP."""
 
-    def __init__(self, config: LinearConfig, layer_idx: int, mixer: str, norm: type[nn.Module], mlp: type[nn.Module]) -> None:
+    def __init__(
+        self, config: LinearConfig, layer_idx: int, mixer: str, norm: type[nn.Module], mlp: type[nn.Module] | None
+    ) -> None:
         super().__init__()
+        self.residual_multiplier = config.residual_multiplier
         self.mixer_norm = norm(config.hidden_size, eps=config.norm_eps)
         self.mixer = MIXERS[mixer](config.for_mixer(mixer), layer_idx)
-        self.mlp_norm = norm(config.hidden_size, eps=config.norm_eps)
-        self.mlp = mlp(config)
+        self.mlp_norm = None if mlp is None else norm(config.hidden_size, eps=config.norm_eps)
+        self.mlp = None if mlp is None else mlp(config)
 
-    def forward(self, x: Tensor, **kwargs: Any) -> Tensor:
+    def forward(self, x: Tensor, shared: Product | None = None, **kwargs: Any) -> Tensor:
+        site = {} if shared is None else {"shared": shared}
         x, normed = add_norm(x, None, self.mixer_norm)
-        y, _ = self.mixer(normed, past_key_values=kwargs.pop(CACHE_NAME, None), **kwargs)
+        y, _ = self.mixer(normed, past_key_values=kwargs.pop(CACHE_NAME, None), **site, **kwargs)
+        y = times(y, self.residual_multiplier)
+        if self.mlp is None or self.mlp_norm is None:
+            return x + y
         x, normed = add_norm(x, y, self.mlp_norm)
-        return x + self.mlp(normed)
+        return x + times(self.mlp(normed, **site), self.residual_multiplier)
+
+
+def times(x: Tensor, factor: float) -> Tensor:
+    """x * factor, without a pass for nothing."""
+    return x if factor == 1 else x * factor
 
 
 class LinearPreTrainedModel(PreTrainedModel):
@@ -337,6 +393,28 @@ class LinearPreTrainedModel(PreTrainedModel):
             init.normal_(module.gate_up_proj, std=self.config.initializer_range)
             init.normal_(module.down_proj, std=self.config.initializer_range)
 
+    @staticmethod
+    def _load_pretrained_model(
+        model: LinearPreTrainedModel,
+        state_dict: Mapping[str, Tensor] | None,
+        checkpoint_files: list[str] | None,
+        load_config: LoadStateDictConfig,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """As everywhere; a checkpoint in a layout of `config.layouts` by that layout's table, and then without exceptions."""
+        keys = read_keys(state_dict, checkpoint_files) if model.config.layouts else []
+        layout = layout_of_weights(model.config.layouts, keys)
+        transforms = layout.transforms(model.config) if layout else []
+        load_config = dataclasses.replace(load_config, weight_mapping=[*(load_config.weight_mapping or []), *transforms])
+        loaded = PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs)
+        if layout:
+            check_derived(layout, model.config, state_dict, checkpoint_files)
+            check_loaded(layout, transforms, model, keys, loaded[0])
+            # Transformers would save by the table that it loaded by: we save our own layout.
+            model._weight_conversions = [used for used in model._weight_conversions if used not in transforms]
+        return loaded
+
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
         return True  # Transformers looks for the interface in the source of a family's file: it is in modules/moe.py
@@ -348,13 +426,25 @@ class LinearModel(LinearPreTrainedModel):
     def __init__(self, config: LinearConfig):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
-        mlps = [SparseMLP if kind == "sparse" else self.mlp_class for kind in config.mlp_layer_types or []]
-        layers = zip(config.mixers or [], mlps, strict=True)
-        self.layers = nn.ModuleList(DecoderLayer(config, i, m, self.norm_class, mlp) for i, (m, mlp) in enumerate(layers))
-        self.norm = self.norm_class(config.hidden_size, eps=config.norm_eps)
+        norm = partial(self.norm_class, config.hidden_size, eps=config.norm_eps)
+        self.embed_norm = norm() if config.use_embedding_norm else nn.Identity()
+        kinds = zip(config.mixers or [], config.mlp_layer_types or [], strict=True)
+        self.layers = nn.ModuleList(
+            DecoderLayer(config, i, mixer, self.norm_class, self.mlp_of(mixer, mlp)) for i, (mixer, mlp) in enumerate(kinds)
+        )
+        self.shared_block = SharedBlock(config) if "shared_attention" in (config.mixers or []) else None
+        self.norm = norm()
         self.gradient_checkpointing = False
         self._keep_in_fp32_modules_strict = {name for m in config.mixers or [] for name in MIXERS[m].float32_modules}
         self.post_init()
+
+    def mlp_of(self, mixer: str, kind: str) -> type[nn.Module] | None:
+        """What a layer has behind its mixer, which brings its own where both are shared."""
+        if kind == "none":
+            return None
+        if kind == "sparse":
+            return SparseMLP
+        return SharedMLP if mixer == "shared_attention" else self.mlp_class
 
     @takes_cache_by_either_name
     @merge_with_config_defaults
@@ -397,12 +487,16 @@ class LinearModel(LinearPreTrainedModel):
         # Attention's mask tells documents apart by positions: by those of the boundaries, whatever the caller's are.
         places = position_ids if cu_seqlens is None else positions(x, None, cu_seqlens, None)
         masks = self.make_masks(x, attention_mask, places, past_key_values)
+        x = self.embed_norm(times(x, self.config.embedding_multiplier))
+        # A method, not the block: with a layer's inputs, what has parameters would be moved between devices.
+        shared = None if self.shared_block is None else self.shared_block.product
         for layer, kind in zip(self.layers, self.config.layer_types, strict=True):
             x = layer(
                 x,
                 attention_mask=masks[kind],
                 position_ids=position_ids,
                 cu_seqlens=cu_seqlens,
+                shared=shared if isinstance(layer.mixer, SharedAttention) else None,
                 **{CACHE_NAME: past_key_values},
                 **kwargs,
             )
@@ -475,12 +569,13 @@ class LinearForCausalLM(LinearPreTrainedModel, GenerationMixin):
             **kwargs,
         )
         loss = logits = aux_loss = None
+        hidden_states = times(outputs.last_hidden_state, 1 / self.config.logits_scaling)
         known = {name: kwargs.get(name) for name in ("num_items_in_batch", "shift_labels")}
         if labels is not None and self.training and self.config.fuse_linear_cross_entropy:
-            loss = linear_cross_entropy(outputs.last_hidden_state, self.lm_head, labels, **known)
+            loss = linear_cross_entropy(hidden_states, self.lm_head, labels, **known)
         else:
             keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            logits = self.lm_head(outputs.last_hidden_state[:, keep])
+            logits = self.lm_head(hidden_states[:, keep])
             if labels is not None:
                 loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         if outputs.router_logits:

@@ -14,11 +14,13 @@ import torch
 from families import (
     CONFIGS,
     ONE_OF_EACH,
+    PRESETS,
     SLIDING_WINDOW,
     WITHOUT_HYENA,
     ids,
     logits,
     new_cache,
+    one_layer_of_each_kind,
     tiny_config,
     tiny_model,
 )
@@ -33,6 +35,7 @@ from hf_linear.mixers.hyena import HyenaFilter
 ROUNDING = 1e-10
 
 every_config = pytest.mark.parametrize("name", CONFIGS)
+every_model = pytest.mark.parametrize("name", [*CONFIGS, *PRESETS])
 # The state of a Hyena layer grows, so a static cache cannot hold it: generate says so, see test_errors.
 STATIC = [(name, "static") for name in WITHOUT_HYENA]
 one_of_each = pytest.mark.parametrize("name", ONE_OF_EACH)
@@ -95,7 +98,7 @@ SPLITS = {
 
 
 @pytest.mark.parametrize("lengths", SPLITS.values(), ids=SPLITS)
-@pytest.mark.parametrize("name, cache_of", [*product(CONFIGS, ["user", "model"]), *STATIC])
+@pytest.mark.parametrize("name, cache_of", [*product(CONFIGS, ["user", "model"]), *product(PRESETS, ["user"]), *STATIC])
 def test_split(name, cache_of, lengths):
     """Any split into calls with a cache gives the logits of one call without."""
     model, x = tiny_model(name), ids(2, sum(lengths))
@@ -177,7 +180,7 @@ PACKED_FORMS = {
 
 
 @pytest.mark.parametrize("names", PACKED_FORMS.values(), ids=PACKED_FORMS)
-@every_config
+@every_model
 def test_packing(name, names):
     """Documents in one row have the logits, the loss and the gradients that they have alone.
 
@@ -250,7 +253,7 @@ def documents(*lengths: int) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("side", SIDES)
-@every_config
+@every_model
 def test_padding(name, side):
     """Real tokens have the logits and pass on the gradients that they have without padding."""
     model, rows = tiny_model(name), documents(1, 9, 17, 30)
@@ -417,6 +420,15 @@ def test_compiled_is_eager(name, dynamo):
         assert_equal_gradients(found[1], expected[1])
 
 
+@pytest.mark.parametrize("name", PRESETS)
+def test_preset_is_one_graph(name, dynamo):
+    """No mixer, router or shared block breaks the graph. Gradients of graphs are compared above, for each mixer."""
+    model, x = tiny_model(name, **one_layer_of_each_kind(name)), ids(1, 70)
+    boundaries = torch.tensor([0, 5, 5, 69, 70], dtype=torch.int32)
+    found = torch.compile(model, fullgraph=True, backend="eager")(x, cu_seq_lens_q=boundaries, use_cache=False).logits
+    assert_equal_to_rounding(found.detach(), logits(model, x, cu_seq_lens_q=boundaries))
+
+
 def test_compiled_positions_that_restart(dynamo):
     """Boundaries that a graph cannot find are an error, not one document."""
     model = tiny_model("linear-softmax", num_hidden_layers=1)
@@ -429,7 +441,7 @@ def test_compiled_positions_that_restart(dynamo):
 # --- Batch -----------------------------------------------------------------------------------------------------------
 
 
-@every_config
+@every_model
 def test_batch(name):
     """A row's logits do not depend on its neighbours."""
     model, x = tiny_model(name), ids(4, 70)
@@ -443,7 +455,7 @@ def test_batch(name):
 
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")  # 5.17 knows no other name
 @pytest.mark.parametrize("use_reentrant", [False, True], ids=["not_reentrant", "reentrant"])
-@every_config
+@every_model
 def test_gradient_checkpointing(name, use_reentrant):
     """Computing the layers again changes no gradient: plain, packed and padded."""
     model = tiny_model(name).train()

@@ -1,4 +1,4 @@
-"""Root-mean-square norms (arXiv 1910.07467). Their parameters are those of torch.nn.RMSNorm."""
+"""Root-mean-square norms (arXiv 1910.07467), and a layer norm for heads. Their parameters are those of torch.nn.RMSNorm."""
 
 from __future__ import annotations
 
@@ -56,6 +56,16 @@ class GroupRMSNorm(nn.RMSNorm):
         dtype = torch.promote_types(y.dtype, torch.float32)
         y = (y.to(dtype) * F.silu(gate.to(dtype))).unflatten(-1, (self.groups, -1))
         return F.rms_norm(y, y.shape[-1:], eps=self.eps).flatten(-2) * self.weight
+
+
+class GatedLayerNorm(GatedRMSNorm):
+    """GatedRMSNorm of o minus its mean: a layer norm without a bias (arXiv 1607.06450)."""
+
+    def forward(self, o: Tensor, gate: Tensor | None = None) -> Tensor:
+        return super().forward(o - o.mean(-1, keepdim=True), gate)
+
+
+HEAD_NORMS = {"rms": GatedRMSNorm, "layer": GatedLayerNorm}
 
 
 def project_heads(o: Tensor, gate: Tensor | None, norm: nn.Module, linear: nn.Module) -> Tensor:
