@@ -173,7 +173,8 @@ class LinearConfig(PreTrainedConfig):
         if layout is None:
             return super().from_dict(config_dict, **kwargs)
         fields = layout.read_config(config_dict)
-        family = cls if fields["model_type"] == cls.model_type else CONFIG_MAPPING[fields["model_type"]]
+        model_type = fields.get("model_type", cls.model_type)
+        family = cls if model_type == cls.model_type else CONFIG_MAPPING[model_type]
         return family.from_dict(fields, **kwargs)
 
     @classmethod

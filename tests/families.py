@@ -53,16 +53,16 @@ EVERY_MIXER = {
     **SLIDING,
 }
 SHARED = {
-    "pattern": "MZZ",
+    "pattern": "GZZ",
     "mlp_pattern": "-DD",
     "num_hidden_layers": 3,
     "num_heads": 4,
     "num_kv_heads": 2,
     "adapter_rank": 3,
     "attention_bias": True,
-    "rope_parameters": ROPE,
+    "rope_parameters": {**ROPE, "partial_rotary_factor": 0.5},
 }
-GATED = {"rope_parameters": {**ROPE, "partial_rotary_factor": 0.5}, "attention_output_gate": True, "use_qk_norm": True}
+GATED = {"attention_output_gate": True, "use_qk_norm": True}
 SPARSE = {
     "pattern": "GA",
     "mlp_layer_types": ["sparse", "dense"],
@@ -99,11 +99,11 @@ CONFIGS: dict[str, tuple[str, dict]] = {
     "hyena": ("hyena", SMALL_HYENA),
     "hyena-order3": ("hyena", {**SMALL_HYENA, "hyena_order": 3, "short_filter_order": 4, "filter_shift": 0.05}),
     "hyena-plain-filter": ("hyena", {**SMALL_HYENA, "filter_modulate": False, "filter_normalize": True}),
-    "hybrid-rope": ("linear_hybrid", {"pattern": "GGGA", "num_hidden_layers": 4, **GATED}),
-    "hybrid-nope": ("linear_hybrid", {"pattern": "GGGA", "num_hidden_layers": 4, "num_kv_heads": 1}),
+    "hybrid-rope": ("linear_hybrid", {"pattern": "GGGA", "num_hidden_layers": 4, "rope_parameters": ROPE}),
+    "hybrid-nope": ("linear_hybrid", {"pattern": "GGGA", "num_hidden_layers": 4, "num_kv_heads": 1, **GATED}),
     "hybrid-sliding": ("linear_hybrid", {"pattern": "RS", "mixer_options": {"retention": TORCHSCALE}, **SLIDING}),
     "hybrid-mamba": ("linear_hybrid", {"pattern": "MMA", "num_hidden_layers": 3}),
-    "hybrid-jamba": ("linear_hybrid", {"pattern": "MMMA", "num_hidden_layers": 4, "mixer_options": {"mamba": JAMBA}}),
+    "hybrid-jamba": ("linear_hybrid", {"pattern": "MA", "num_hidden_layers": 2, "mixer_options": {"mamba": JAMBA}}),
     "hybrid-mamba2": ("linear_hybrid", {"pattern": "NA", "mixer_options": {"mamba2": MAMBA2}}),
     "hybrid-every-mixer": ("linear_hybrid", EVERY_MIXER),
     "hybrid-sparse": ("linear_hybrid", SPARSE),

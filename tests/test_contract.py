@@ -179,14 +179,13 @@ PACKED_FORMS = {
 }
 
 
-@pytest.mark.parametrize("names", PACKED_FORMS.values(), ids=PACKED_FORMS)
-@every_model
-def test_packing(name, names):
+@pytest.mark.parametrize("name, form", [*product(CONFIGS, PACKED_FORMS), *product(PRESETS, ["position_ids"])])
+def test_packing(name, form):
     """Documents in one row have the logits, the loss and the gradients that they have alone.
 
     The row is longer than the filters of Hyena, as rows of documents are: 224 tokens to 128.
     """
-    model = tiny_model(name, max_position_embeddings=128)
+    model, names = tiny_model(name, max_position_embeddings=128), PACKED_FORMS[form]
     documents = [ids(n, seed=n).tolist() for n in LENGTHS]
     collate = DataCollatorWithFlattening(return_flash_attn_kwargs=True, return_seq_idx=True)
     row = collate([{"input_ids": document} for document in documents])
@@ -423,8 +422,8 @@ def test_compiled_is_eager(name, dynamo):
 @pytest.mark.parametrize("name", PRESETS)
 def test_preset_is_one_graph(name, dynamo):
     """No mixer, router or shared block breaks the graph. Gradients of graphs are compared above, for each mixer."""
-    model, x = tiny_model(name, **one_layer_of_each_kind(name)), ids(1, 70)
-    boundaries = torch.tensor([0, 5, 5, 69, 70], dtype=torch.int32)
+    model, x = tiny_model(name, **one_layer_of_each_kind(name)), ids(1, 9)
+    boundaries = torch.tensor([0, 5, 5, 8, 9], dtype=torch.int32)
     found = torch.compile(model, fullgraph=True, backend="eager")(x, cu_seq_lens_q=boundaries, use_cache=False).logits
     assert_equal_to_rounding(found.detach(), logits(model, x, cu_seq_lens_q=boundaries))
 
@@ -458,7 +457,8 @@ def test_batch(name):
 @every_model
 def test_gradient_checkpointing(name, use_reentrant):
     """Computing the layers again changes no gradient: plain, packed and padded."""
-    model = tiny_model(name).train()
+    depth = one_layer_of_each_kind(name) if name in PRESETS else {}
+    model = tiny_model(name, **depth).train()
     x, mask = pad(documents(9, 17), "left", 20)
     row = ids(1, 40)
     forms = {

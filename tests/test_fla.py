@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import ROPE, TINY, ids, logits, tiny_model
+from families import TINY, ids, logits, tiny_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -88,7 +88,7 @@ def test_goes_back_bit_by_bit(path, tmp_path):
         ("gla-conv-kv-phi", {"output_gate_bias": False}),
         ("gla-no-gate", {"head_norm": "rms"}),
         ("retnet-kv", {}),
-        ("hybrid-nope", {"num_kv_heads": 2, "rope_parameters": ROPE}),
+        ("hybrid-rope", {}),
     ],
 )
 def test_ours_there_and_back(name, plain, tmp_path):
@@ -162,6 +162,8 @@ ENTRY = {"layers": [1], "num_heads": 4}
         ("retnet", {"attnres_block_size": 4}, r"attnres_block_size of fla's retnet must be one of \[None\], got 4"),
         ("retnet", {"feature_map": "sqrelu"}, r"feature_map of fla's retnet must be one of .*'relu2'.*, got 'sqrelu'"),
         ("gla", {"attn": {**ENTRY, "qk_norm": True}}, r"attn of fla's gla must have layers below 2, .*'qk_norm': True"),
+        ("gla", {"attn": {"layers": [1]}}, r"attn of fla's gla must have layers below 2, num_heads and"),
+        ("gla", {"attn": {**ENTRY, "rope_theta": None}}, r"attn of fla's gla must have layers below 2, .*'rope_theta': None"),
         ("gla", {"attn": {**ENTRY, "layers": [2]}}, r"attn of fla's gla must have layers below 2, .*\[2\]"),
         (
             "gla",
@@ -183,6 +185,7 @@ def test_hybrids():
     retention = config.for_mixer("retention")
     assert (retention.num_heads, retention.expand_v, retention.use_output_gate) == (2, 2.0, False)
     assert type(read("gla", attn={"layers": [], "num_heads": 2})) is GLAConfig
+    assert read("gla", attn={"layers": [0, 1], "num_heads": 2}).mixers == ["attention"] * 2
 
 
 def test_a_hybrid_opens_by_the_name_of_its_family(tmp_path):
@@ -264,17 +267,16 @@ from conversion import fla
 def peak():
     return 1024 * int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1])
 before = peak()
-fla.main(["--checkpoint", sys.argv[1], "--output", sys.argv[2], "--to", sys.argv[3]])
+fla.main(["--checkpoint", sys.argv[1], "--output", sys.argv[2]])
 print(peak() - before)
 """
 
 
-@pytest.mark.parametrize("to", ["ours", "fla"])
-def test_script_holds_the_weights_once(to, tmp_path):
+def test_script_holds_the_weights_once(tmp_path):
     shape = {"vocab_size": 60000, "hidden_size": 512, "num_hidden_layers": 2, "intermediate_size": 512}
     model = GLAForCausalLM(GLAConfig(**shape)).bfloat16()
-    save(model, tmp_path / "theirs", "fla") if to == "ours" else model.save_pretrained(tmp_path / "theirs")
+    save(model, tmp_path / "theirs", "fla")
     size = (tmp_path / "theirs" / "model.safetensors").stat().st_size
-    command = [sys.executable, "-c", MEASURE, tmp_path / "theirs", tmp_path / "written", to]
+    command = [sys.executable, "-c", MEASURE, tmp_path / "theirs", tmp_path / "written"]
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1])
     assert int(done.stdout.split()[-1]) < 1.2 * size

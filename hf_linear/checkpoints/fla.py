@@ -90,7 +90,7 @@ def config_fields(theirs: Mapping[str, Any]) -> dict[str, Any]:
     if ours.get("clamp_min") is not None:
         ours["clamp_min"] = float(ours["clamp_min"])
     attn = ours.pop("attn") or []
-    entries = [entry for entry in ([attn] if isinstance(attn, dict) else attn) if entry["layers"]]
+    entries = [entry for entry in ([attn] if isinstance(attn, dict) else attn) if entry.get("layers") != []]
     return hybrid_fields(ours, entries) if entries else ours
 
 
@@ -100,13 +100,14 @@ def hybrid_fields(fields: dict[str, Any], attn: list[dict[str, Any]]) -> dict[st
     mixers = [MIXERS[family]] * depth
     heads, windows = set(), set()
     for entry in attn:
-        unknown = sorted(name for name in entry.keys() - ATTENTION.keys() - {"layers", "num_heads"} if entry[name])
-        if unknown or not set(entry["layers"]) <= set(range(depth)):
+        named = {"layers", "num_heads"}
+        unknown = [name for name in entry.keys() - ATTENTION.keys() - named if entry[name]]
+        entry = ATTENTION | entry
+        if unknown or not named <= entry.keys() or not set(entry["layers"]) <= set(range(depth)) or entry["rope_theta"] is None:
             raise ValueError(
                 f"attn of fla's {family} must have layers below {depth}, num_heads and any of {sorted(ATTENTION)}, "
                 f"got {entry}: this variant is not here"
             )
-        entry = ATTENTION | entry
         heads.add((entry["num_heads"], entry["num_kv_heads"] or entry["num_heads"], entry["qkv_bias"], entry["rope_theta"]))
         windows.add(entry["window_size"])
         for i in entry["layers"]:
@@ -122,7 +123,7 @@ def hybrid_fields(fields: dict[str, Any], attn: list[dict[str, Any]]) -> dict[st
     return shared | {
         "model_type": "linear_hybrid",
         "mixers": mixers,
-        "mixer_options": {MIXERS[family]: of_mixer},
+        "mixer_options": {MIXERS[family]: of_mixer} if MIXERS[family] in mixers else {},
         "num_heads": num_heads,
         "num_kv_heads": num_kv_heads,
         "attention_bias": bias,

@@ -51,7 +51,10 @@ class Layout:
         return False
 
     def read_config(self, fields: Mapping[str, Any]) -> dict[str, Any]:
-        """Their config.json in our fields; a value that means a model which is not here is an error."""
+        """Their config.json in our fields; a value that means a model which is not here is an error.
+
+        The `model_type` may be another family's, whose config is what opens then.
+        """
         raise NotImplementedError
 
     def write_config(self, config: PreTrainedConfig) -> dict[str, Any]:
