@@ -31,25 +31,16 @@ def convert(theirs: dict[str, Tensor], fields: dict[str, Any], **defaults: Any) 
     return HyenaForCausalLM.from_pretrained(None, config=config, state_dict=ours, dtype=embedding.dtype)
 
 
-def argument_parser(description: str | None) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", type=Path, required=True, help="the original's weights")
-    parser.add_argument("--output", type=Path, required=True, help="a folder to be made")
-    parser.add_argument("--verify", action="store_true", help="open the output and compare it with what was read")
-    return parser
-
-
 def run(
     arguments: argparse.Namespace, fields: dict[str, Any], tokenizer: PreTrainedTokenizerBase | None, **defaults: Any
 ) -> None:
-    if arguments.output.exists():
-        raise FileExistsError(f"--output must not exist yet, got {arguments.output}: take another name, or remove it")
+    output.check_absent(arguments.output)
     model = convert(read_state_dict(arguments.checkpoint), fields, **defaults)
     output.write(model, tokenizer, arguments.output, arguments.verify)
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argument_parser(__doc__)
+    parser = output.argument_parser(__doc__)
     parser.add_argument("--config", type=Path, required=True, help="the config.json beside the weights")
     parser.add_argument(
         "--filter-shift",

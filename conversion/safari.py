@@ -9,7 +9,8 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from conversion.hyenadna import argument_parser, run
+from conversion.hyenadna import run
+from conversion.output import argument_parser
 
 # The model of configs/evals/hyena_small_150b.yaml, by which safari measures the published weights. It has no window on the
 # filters, though configs/experiment/pile/hyena.yaml trains with one.

@@ -14,9 +14,10 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from hf_linear import models
 from hf_linear.models import *  # noqa: F403
+from hf_linear.native import accelerate, restore
 from hf_linear.version import __version__
 
-__all__ = ["__version__", *models.__all__]
+__all__ = ["__version__", "accelerate", "restore", *models.__all__]
 
 
 def register() -> None:

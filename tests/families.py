@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 import hf_linear
-from hf_linear.decoder import LinearConfig
+from hf_linear import LinearHybridConfig
+from hf_linear.config import LinearConfig
 from hf_linear.mixers.gla import GatedLinearAttention
 from hf_linear.mixers.hyena import HyenaFilter
 
@@ -43,13 +44,25 @@ JAMBA = {
     "use_conv_bias": False,
     "use_bias": True,
 }
+MAMBA2 = {"num_heads": 4, "state_size": 6, "n_groups": 2, "conv_kernel": 3, "use_bias": True, "time_step_limit": [0.2, 2.0]}
 SLIDING = {"sliding_window": 8, "rope_parameters": ROPE}
 EVERY_MIXER = {
-    "pattern": "GRLHMAS",
-    "num_hidden_layers": 7,
-    "mixer_options": {"gla": {"use_short_conv": True}, "hyena": SMALL_HYENA},
+    "pattern": "GRLHMNAS",
+    "num_hidden_layers": 8,
+    "mixer_options": {"gla": {"use_short_conv": True}, "hyena": SMALL_HYENA, "mamba2": {"state_size": 16}},
     **SLIDING,
 }
+SHARED = {
+    "pattern": "GZZ",
+    "mlp_pattern": "-DD",
+    "num_hidden_layers": 3,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "adapter_rank": 3,
+    "attention_bias": True,
+    "rope_parameters": {**ROPE, "partial_rotary_factor": 0.5},
+}
+GATED = {"attention_output_gate": True, "use_qk_norm": True}
 SPARSE = {
     "pattern": "GA",
     "mlp_layer_types": ["sparse", "dense"],
@@ -63,12 +76,22 @@ CONFIGS: dict[str, tuple[str, dict]] = {
     "gla": ("gla", {}),
     "gla-conv-kv-phi": (
         "gla",
-        {"num_heads": 4, "num_kv_heads": 2, "use_short_conv": True, "feature_map": "relu", "clamp_min": -3.0},
+        {
+            "num_heads": 4,
+            "num_kv_heads": 2,
+            "use_short_conv": True,
+            "feature_map": "relu",
+            "clamp_min": -3.0,
+            "output_gate_bias": True,
+        },
     ),
-    "gla-no-gate": ("gla", {"use_output_gate": False, "elementwise_affine": False, "expand_k": 0.75, "num_heads": 4}),
+    "gla-no-gate": (
+        "gla",
+        {"use_output_gate": False, "head_norm": "layer", "elementwise_affine": False, "expand_k": 0.75, "num_heads": 4},
+    ),
     "retnet": ("retnet", {}),
-    "retnet-torchscale": ("retnet", TORCHSCALE),
-    "retnet-kv": ("retnet", {"num_heads": 4, "num_kv_heads": 2, "use_output_gate": False}),
+    "retnet-torchscale": ("retnet", {**TORCHSCALE, "embedding_multiplier": 4.0, "use_embedding_norm": True}),
+    "retnet-kv": ("retnet", {"num_heads": 4, "num_kv_heads": 2, "use_output_gate": False, "feature_map": "silu"}),
     "linear-elu": ("linear_attention", {"feature_map": "elu"}),
     "linear-relu-kv": ("linear_attention", {"feature_map": "relu", "num_heads": 4, "num_kv_heads": 2}),
     "linear-identity": ("linear_attention", {"feature_map": "identity", "expand_k": 0.5}),
@@ -77,12 +100,24 @@ CONFIGS: dict[str, tuple[str, dict]] = {
     "hyena-order3": ("hyena", {**SMALL_HYENA, "hyena_order": 3, "short_filter_order": 4, "filter_shift": 0.05}),
     "hyena-plain-filter": ("hyena", {**SMALL_HYENA, "filter_modulate": False, "filter_normalize": True}),
     "hybrid-rope": ("linear_hybrid", {"pattern": "GGGA", "num_hidden_layers": 4, "rope_parameters": ROPE}),
-    "hybrid-nope": ("linear_hybrid", {"pattern": "GGGA", "num_hidden_layers": 4, "num_kv_heads": 1}),
+    "hybrid-nope": ("linear_hybrid", {"pattern": "GGGA", "num_hidden_layers": 4, "num_kv_heads": 1, **GATED}),
     "hybrid-sliding": ("linear_hybrid", {"pattern": "RS", "mixer_options": {"retention": TORCHSCALE}, **SLIDING}),
     "hybrid-mamba": ("linear_hybrid", {"pattern": "MMA", "num_hidden_layers": 3}),
-    "hybrid-jamba": ("linear_hybrid", {"pattern": "MMMA", "num_hidden_layers": 4, "mixer_options": {"mamba": JAMBA}}),
+    "hybrid-jamba": ("linear_hybrid", {"pattern": "MA", "mixer_options": {"mamba": JAMBA}}),
+    "hybrid-mamba2": ("linear_hybrid", {"pattern": "NA", "mixer_options": {"mamba2": MAMBA2}}),
     "hybrid-every-mixer": ("linear_hybrid", EVERY_MIXER),
     "hybrid-sparse": ("linear_hybrid", SPARSE),
+    "hybrid-shared": ("linear_hybrid", SHARED),
+}
+# Hybrids by the name of a preset, as deep as their pattern at least, and what is tiny in them beyond TINY.
+FEW_EXPERTS = {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+PRESETS: dict[str, dict] = {
+    "jamba": {"num_hidden_layers": 8, "num_kv_heads": 1, **FEW_EXPERTS},
+    "granite-4": {"num_hidden_layers": 10, "num_kv_heads": 1, "mixer_options": {"mamba2": {"state_size": 8}}, **FEW_EXPERTS},
+    "qwen3-next": {"num_hidden_layers": 4, "num_kv_heads": 1, "head_dim": 16, "mixer_options": None, **FEW_EXPERTS},
+    "minimax": {"num_hidden_layers": 8, "num_kv_heads": 1, "head_dim": 8, "mixer_options": None, **FEW_EXPERTS},
+    "samba": {"num_hidden_layers": 4, "sliding_window": 8},
+    "zamba": {"num_hidden_layers": 7, "adapter_rank": 3, "mixer_options": {"mamba2": {"state_size": 8}}},
 }
 FAMILIES = {"gla": "GLA", "retnet": "RetNet", "linear_attention": "LinearAttention", "hyena": "Hyena"}
 FAMILIES["linear_hybrid"] = "LinearHybrid"
@@ -95,8 +130,17 @@ ONE_OF_EACH = ["gla-conv-kv-phi", "retnet-torchscale", "linear-relu-kv", "hyena-
 
 
 def tiny_config(name: str, **overrides) -> LinearConfig:
+    if name in PRESETS:
+        return LinearHybridConfig.from_preset(name, **{**TINY, **PRESETS[name], **overrides})
     family, options = CONFIGS[name]
     return getattr(hf_linear, f"{FAMILIES[family]}Config")(**{**TINY, **options, **overrides})
+
+
+def one_layer_of_each_kind(preset: str) -> dict:
+    """What makes a preset as shallow as it can be, for what costs too much at its own depth."""
+    patterns = {name: LinearHybridConfig.presets[preset].get(name) for name in ("pattern", "mlp_pattern")}
+    kinds = {name: "".join(dict.fromkeys(letters)) for name, letters in patterns.items() if letters}
+    return {**kinds, "num_hidden_layers": len(kinds["pattern"])}
 
 
 def tiny_model(name: str, head: str = "ForCausalLM", dtype: torch.dtype = torch.float64, **overrides) -> PreTrainedModel:

@@ -8,7 +8,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import FAMILIES, ROPE, SMALL_HYENA, TINY, ids, logits, spread_parameters
+from families import (
+    FAMILIES,
+    PRESETS,
+    ROPE,
+    SMALL_HYENA,
+    TINY,
+    ids,
+    logits,
+    spread_parameters,
+    tiny_config,
+    tiny_model,
+)
+from safetensors.torch import load_file
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -20,6 +32,7 @@ from transformers import (
 
 import hf_linear
 from hf_linear import GLAConfig, HyenaConfig, LinearAttentionConfig, LinearHybridConfig, RetNetConfig
+from hf_linear.models.linear_hybrid import LETTERS
 
 HEADS = {
     "Model": AutoModel,
@@ -124,7 +137,14 @@ SHARED = {
     "max_position_embeddings": 128,
     "norm_eps": 1e-3,
     "initializer_range": 0.1,
+    "embedding_multiplier": 4.0,
+    "use_embedding_norm": True,
     "attention_bias": True,
+    "attention_output_gate": True,
+    "use_qk_norm": True,
+    "attention_multiplier": 0.5,
+    "residual_multiplier": 0.25,
+    "logits_scaling": 6,
     "fuse_linear_cross_entropy": True,
     "mlp_layer_types": ["sparse", "dense", "sparse"],
     "num_experts": 6,
@@ -153,10 +173,14 @@ GLA = {
     "gate_low_rank_dim": 8,
     "gate_logit_normalizer": 4,
     "clamp_min": -2.5,
+    "output_gate_bias": True,
+    "head_norm": "layer",
+    "head_norm_eps": 1e-3,
 }
 RETNET = {
     "expand_k": 0.5,
     "expand_v": 1.5,
+    "feature_map": "relu",
     "use_output_gate": False,
     "elementwise_affine": False,
     "retention_norm": "decay",
@@ -189,6 +213,8 @@ OTHER_THAN_DEFAULT = {
     "hyena": {**HYENA, "mixers": ["hyena", "attention", "sliding_attention"], "tie_word_embeddings": False},
     "linear_hybrid": {
         "pattern": "RAS",
+        "mlp_pattern": "SDS",
+        "adapter_rank": 8,
         "mixers": ["retention", "attention", "sliding_attention"],
         "mixer_options": {"retention": RETNET},
         "tie_word_embeddings": True,
@@ -264,6 +290,75 @@ def test_preset(cls, name, millions):
         model = AutoModelForCausalLM.from_config(config)
     assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, rel=2e-3)
     assert cls.from_preset(name, num_hidden_layers=2).num_hidden_layers == 2
+
+
+@pytest.mark.parametrize(
+    "name, billions",
+    # As published, but for zamba: one block, not two, and it is half as wide without the embeddings beside its input.
+    [("jamba", 51.6), ("granite-4", 32.2), ("qwen3-next", 80.0), ("minimax", 456.1), ("samba", 0.4216), ("zamba", 2.41)],
+)
+def test_preset_of_a_hybrid(name, billions):
+    """As large as the model that it is named after, and in two of its periods the same layers in turn."""
+    config = LinearHybridConfig.from_preset(name)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    assert sum(p.numel() for p in model.parameters()) / 1e9 == pytest.approx(billions, rel=2e-3)
+    period = len(config.pattern)
+    two = LinearHybridConfig.from_preset(name, num_hidden_layers=2 * period)
+    for listed in ("mixers", "layer_types", "mlp_layer_types"):
+        assert getattr(two, listed) == getattr(config, listed)[: 2 * period] == 2 * getattr(config, listed)[:period]
+
+
+def test_plan_of_jamba():
+    """Attention in layer 4 of 8, experts in every second layer from 1 on, no positions."""
+    config = LinearHybridConfig.from_preset("jamba")
+    assert [i for i, mixer in enumerate(config.mixers) if mixer == "attention"] == [4, 12, 20, 28]
+    assert [i for i, mlp in enumerate(config.mlp_layer_types) if mlp == "sparse"] == list(range(1, 32, 2))
+    assert config.rope_parameters is None and config.for_mixer("mamba").inner_layernorms
+
+
+@pytest.mark.parametrize("letter", "GRLHMN")
+def test_any_mixer_takes_the_linear_slots(letter):
+    """Of a preset, its pattern can be another; the options of mixers that are gone go with them."""
+    config = tiny_config("jamba", pattern=f"{letter}A", num_hidden_layers=4)
+    assert config.mixers == [LETTERS[letter], "attention"] * 2
+    assert config.mixer_options == ({"mamba": {"inner_layernorms": True}} if letter == "M" else {})
+    assert logits(AutoModelForCausalLM.from_config(config).eval(), ids(1, 9)).isfinite().all()
+
+
+def test_a_preset_with_its_layers_listed():
+    layers = {"mixers": ["mamba2", "attention", "gla"], "mlp_layer_types": ["none", "sparse", "dense"]}
+    config = LinearHybridConfig.from_preset("granite-4", num_hidden_layers=3, **layers)
+    assert (config.mixers, config.mlp_layer_types) == tuple(layers.values()) and config.pattern is None
+    assert config.mixer_options == {"mamba2": {"num_heads": 128}} and config.num_experts == 72
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_preset_comes_back(name, tmp_path):
+    """Through save_pretrained: every tensor once, those of a shared block too, and the same logits."""
+    model = tiny_model(name, dtype=torch.float32)
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert again.config.to_diff_dict() == model.config.to_diff_dict()
+    saved = load_file(tmp_path / "model.safetensors")
+    assert sum(x.numel() for x in saved.values()) == sum(p.numel() for p in model.parameters())
+    assert torch.equal(logits(again, ids(2, 12)), logits(model, ids(2, 12)))
+
+
+def test_sites_of_a_shared_block():
+    """What the sites share moves all of them, what a site has of its own moves it alone."""
+    model, x = tiny_model("hybrid-shared"), ids(1, 9)
+    first, second = model.model.layers[1:]
+    shared, own = model.model.shared_block.mixer.k_proj.weight, second.mixer.k_proj[1].weight
+    assert {name.split(".")[0] for name, _ in first.mixer.named_parameters()} == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    assert sum(p.numel() for p in first.parameters()) < sum(p.numel() for p in model.model.shared_block.parameters())
+    outputs = []
+    for moved in (None, own, shared):
+        if moved is not None:
+            moved.data += 1
+        outputs.append([h.detach() for h in model(x, output_hidden_states=True, use_cache=False).hidden_states])
+    assert [torch.equal(a, b) for a, b in zip(*outputs[:2], strict=True)] == [True, True, True, False]
+    assert [torch.equal(a, b) for a, b in zip(*outputs[1:], strict=True)] == [True, True, False, False]
 
 
 @pytest.mark.parametrize(

@@ -14,11 +14,13 @@ import torch
 from families import (
     CONFIGS,
     ONE_OF_EACH,
+    PRESETS,
     SLIDING_WINDOW,
     WITHOUT_HYENA,
     ids,
     logits,
     new_cache,
+    one_layer_of_each_kind,
     tiny_config,
     tiny_model,
 )
@@ -33,6 +35,7 @@ from hf_linear.mixers.hyena import HyenaFilter
 ROUNDING = 1e-10
 
 every_config = pytest.mark.parametrize("name", CONFIGS)
+every_model = pytest.mark.parametrize("name", [*CONFIGS, *PRESETS])
 # The state of a Hyena layer grows, so a static cache cannot hold it: generate says so, see test_errors.
 STATIC = [(name, "static") for name in WITHOUT_HYENA]
 one_of_each = pytest.mark.parametrize("name", ONE_OF_EACH)
@@ -95,7 +98,7 @@ SPLITS = {
 
 
 @pytest.mark.parametrize("lengths", SPLITS.values(), ids=SPLITS)
-@pytest.mark.parametrize("name, cache_of", [*product(CONFIGS, ["user", "model"]), *STATIC])
+@pytest.mark.parametrize("name, cache_of", [*product(CONFIGS, ["user", "model"]), *product(PRESETS, ["user"]), *STATIC])
 def test_split(name, cache_of, lengths):
     """Any split into calls with a cache gives the logits of one call without."""
     model, x = tiny_model(name), ids(2, sum(lengths))
@@ -176,14 +179,13 @@ PACKED_FORMS = {
 }
 
 
-@pytest.mark.parametrize("names", PACKED_FORMS.values(), ids=PACKED_FORMS)
-@every_config
-def test_packing(name, names):
+@pytest.mark.parametrize("name, form", [*product(CONFIGS, PACKED_FORMS), *product(PRESETS, ["position_ids"])])
+def test_packing(name, form):
     """Documents in one row have the logits, the loss and the gradients that they have alone.
 
     The row is longer than the filters of Hyena, as rows of documents are: 224 tokens to 128.
     """
-    model = tiny_model(name, max_position_embeddings=128)
+    model, names = tiny_model(name, max_position_embeddings=128), PACKED_FORMS[form]
     documents = [ids(n, seed=n).tolist() for n in LENGTHS]
     collate = DataCollatorWithFlattening(return_flash_attn_kwargs=True, return_seq_idx=True)
     row = collate([{"input_ids": document} for document in documents])
@@ -250,7 +252,7 @@ def documents(*lengths: int) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("side", SIDES)
-@every_config
+@every_model
 def test_padding(name, side):
     """Real tokens have the logits and pass on the gradients that they have without padding."""
     model, rows = tiny_model(name), documents(1, 9, 17, 30)
@@ -399,6 +401,7 @@ COMPILED = {
     "gla-conv-kv-phi": {"num_hidden_layers": 1},
     "linear-softmax": {"num_hidden_layers": 1},
     "hyena-order3": {"num_hidden_layers": 1},
+    "hybrid-mamba2": {"num_hidden_layers": 1, "pattern": "N"},
     "hybrid-sliding": {},
     "hybrid-rope": {"num_hidden_layers": 2, "pattern": "GA"},
 }
@@ -416,6 +419,15 @@ def test_compiled_is_eager(name, dynamo):
         assert_equal_gradients(found[1], expected[1])
 
 
+@pytest.mark.parametrize("name", PRESETS)
+def test_preset_is_one_graph(name, dynamo):
+    """No mixer, router or shared block breaks the graph. Gradients of graphs are compared above, for each mixer."""
+    model, x = tiny_model(name, **one_layer_of_each_kind(name)), ids(1, 9)
+    boundaries = torch.tensor([0, 5, 5, 8, 9], dtype=torch.int32)
+    found = torch.compile(model, fullgraph=True, backend="eager")(x, cu_seq_lens_q=boundaries, use_cache=False).logits
+    assert_equal_to_rounding(found.detach(), logits(model, x, cu_seq_lens_q=boundaries))
+
+
 def test_compiled_positions_that_restart(dynamo):
     """Boundaries that a graph cannot find are an error, not one document."""
     model = tiny_model("linear-softmax", num_hidden_layers=1)
@@ -428,7 +440,7 @@ def test_compiled_positions_that_restart(dynamo):
 # --- Batch -----------------------------------------------------------------------------------------------------------
 
 
-@every_config
+@every_model
 def test_batch(name):
     """A row's logits do not depend on its neighbours."""
     model, x = tiny_model(name), ids(4, 70)
@@ -442,10 +454,11 @@ def test_batch(name):
 
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")  # 5.17 knows no other name
 @pytest.mark.parametrize("use_reentrant", [False, True], ids=["not_reentrant", "reentrant"])
-@every_config
+@every_model
 def test_gradient_checkpointing(name, use_reentrant):
     """Computing the layers again changes no gradient: plain, packed and padded."""
-    model = tiny_model(name).train()
+    depth = one_layer_of_each_kind(name) if name in PRESETS else {}
+    model = tiny_model(name, **depth).train()
     x, mask = pad(documents(9, 17), "left", 20)
     row = ids(1, 40)
     forms = {
@@ -485,7 +498,7 @@ def test_bfloat16(name, origin, tmp_path):
     else:
         model = AutoModelForCausalLM.from_config(tiny_config(name), dtype=torch.bfloat16)
     assert model.dtype == torch.bfloat16
-    wide = re.compile(r"\.implicit_filter\.|\.mixer\.(A_log|D)$")
+    wide = re.compile(r"\.implicit_filter\.|\.mixer\.(A_log|D|dt_bias)$")
     assert {p.dtype for n, p in model.named_parameters() if not wide.search(n)} == {torch.bfloat16}
     assert filter_dtypes(model) <= {torch.float32}
     x = ids(2, 70)

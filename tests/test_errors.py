@@ -21,7 +21,7 @@ from families import (
 from torch import Tensor
 from transformers import Cache, DataCollatorWithFlattening, DynamicCache, PreTrainedModel, StaticCache
 
-from hf_linear import GLAConfig
+from hf_linear import GLAConfig, LinearHybridConfig
 from hf_linear.ops import retention_chunkwise, retention_parallel, retention_recurrent
 
 one_of_each = pytest.mark.parametrize("name", ONE_OF_EACH)
@@ -82,7 +82,7 @@ EITHER = "change either"
     no_keys=("linear-elu", {"expand_k": 0}, ("expand_k = 0", "got 2", EITHER)),
     expand_v=("linear-elu", {"expand_v": 0.3}, ("expand_v = 9", "got 2", EITHER)),
     odd_keys_cannot_turn=("retnet", {"expand_k": 3 / 16}, ("2 * num_heads", "expand_k = 6", "got 4", EITHER)),
-    feature_map=("gla", {"feature_map": "exp"}, ("feature_map", "'elu', 'identity'", GOT("exp"))),
+    feature_map=("gla", {"feature_map": "exp"}, ("feature_map", "'elu'", "'identity'", GOT("exp"))),
     feature_map_of_linear_attention=("linear-elu", {"feature_map": "exp"}, ("feature_map", "'elu'", GOT("exp"))),
     retention_norm=("retnet", {"retention_norm": "abs"}, ("retention_norm", "'decay', 'none'", GOT("abs"))),
     rope_style=("retnet", {"rope_style": "gptj"}, ("rope_style", "'half', 'interleaved'", GOT("gptj"))),
@@ -100,6 +100,12 @@ EITHER = "change either"
         ("time_step_max = 0.1", "got 0.2", "leave"),
     ),
     state_size=("hybrid-mamba", {"mixer_options": {"mamba": {"state_size": 0}}}, ("state_size", "1 or more", "got 0")),
+    n_groups=("hybrid-mamba2", {"mixer_options": {"mamba2": {"n_groups": 3}}}, ("num_heads = 2", "got 3", EITHER)),
+    time_step_limit=(
+        "hybrid-mamba2",
+        {"mixer_options": {"mamba2": {"time_step_limit": [1.0, 0.1]}}},
+        ("0 <= least <= largest", "got [1.0, 0.1]", "leave"),
+    ),
     num_inner_mlps=("hyena", {"num_inner_mlps": -1}, ("num_inner_mlps", "0 or more", "got -1")),
     no_layer=("gla", {"num_hidden_layers": 0}, ("num_hidden_layers", "1 or more", "got 0")),
     no_mlp=("gla", {"intermediate_size": None, "hidden_ratio": 0}, ("intermediate_size", "1 or more", "got 0")),
@@ -113,7 +119,11 @@ EITHER = "change either"
     option_of_all_layers=("hybrid-rope", {"mixer_options": {"gla": {"hidden_size": 64}}}, ("got ['hidden_size']", "hybrid")),
     option_value=("hybrid-rope", {"mixer_options": {"gla": {"feature_map": "exp"}}}, ("'elu'", GOT("exp"))),
     options_no_dict=("hybrid-rope", {"mixer_options": {"gla": 1}}, ("a dict of", "got 1")),
-    mlp_layer_type=("hybrid-sparse", {"mlp_layer_types": ["moe", "dense"]}, ("['dense', 'sparse']", "got ['moe']", "mixers")),
+    mlp_layer_type=("hybrid-sparse", {"mlp_layer_types": ["moe", "dense"]}, ("'dense', 'sparse'", "got ['moe']", "mixers")),
+    mlp_letter=("hybrid-shared", {"mlp_pattern": "-XD"}, ("'D': 'dense'", "got '-XD'", "letters")),
+    mlp_pattern_and_list=("hybrid-shared", {"mlp_layer_types": ["dense"] * 3}, ("'-DD'", "got ['dense', ", "leave one out")),
+    mlp_of_its_own=("hybrid-shared", {"mlp_pattern": "-D-"}, ("'dense' for shared_attention", "got ['dense', 'none']", "take")),
+    adapter_rank=("hybrid-shared", {"adapter_rank": 0}, ("adapter_rank", "1 or more", "got 0")),
     too_few_mlps=("hybrid-sparse", {"mlp_layer_types": ["sparse"]}, ("num_hidden_layers = 2", "got 1", "change")),
     sparse_without_experts=("gla", {"mlp_layer_types": ["sparse"] * 2}, ("num_experts", "1 or more", "got 0", "dense")),
     negative_experts=("gla", {"num_experts": -1}, ("num_experts", "0 or more", "got -1")),
@@ -127,12 +137,23 @@ EITHER = "change either"
     fla_attention=("gla", {"attn": {"layers": [1], "num_heads": 2}}, ("None", "got {'layers'", "`mixers`")),
     fla_no_decay=("gla", {"use_gk": False}, ("use_gk", "True", "got False", "flash-linear-attention")),
     fla_value_decay=("gla", {"use_gv": True}, ("use_gv", "False", "got True", "flash-linear-attention")),
-    fla_feature_map=("retnet", {"feature_map": "relu"}, ("None", GOT("relu"), "flash-linear-attention")),
+    feature_map_of_retnet=("retnet", {"feature_map": "exp"}, ("feature_map", "'elu'", GOT("exp"))),
     fla_short_conv=("retnet", {"use_short_conv": True}, ("False", "got True", "flash-linear-attention")),
 )
 def test_config(name, options, parts):
     with refuses(*parts):
         tiny_config(name, **options)
+
+
+@cases(
+    "name, options, parts",
+    unknown=("jambo", {}, ("'jamba', 'minimax'", GOT("jambo"), "fields")),
+    depth=("jamba", {"num_hidden_layers": 12}, ("num_hidden_layers = 12", "got 'MMMMAMMM' of 8 layers", "change the depth")),
+    experts=("jamba", {"num_experts": 1}, ("from 1 to num_experts = 1", "got 2", EITHER)),
+)
+def test_preset(name, options, parts):
+    with refuses(*parts):
+        LinearHybridConfig.from_preset(name, **options)
 
 
 @cases(

@@ -290,7 +290,9 @@ def test_loss_without_logits(items, shifted, monkeypatch):
         options["shift_labels"] = ids(2, 30, seed=3)
     outputs, grads = [], []
     for fuse_linear_cross_entropy in (False, True):
-        model = tiny_model("gla", dtype=torch.float32, fuse_linear_cross_entropy=fuse_linear_cross_entropy).train()
+        model = tiny_model(
+            "gla", dtype=torch.float32, logits_scaling=3, fuse_linear_cross_entropy=fuse_linear_cross_entropy
+        ).train()
         outputs.append(model(input_ids, **options))
         outputs[-1].loss.backward()
         grads.append([p.grad for p in model.parameters()])

@@ -73,7 +73,9 @@ GPUS = torch.cuda.device_count()
     ],
 )
 def test_sharded_training_is_that_of_one_process(processes, tmp_path):
-    multiprocessing.spawn(train_sharded, (processes, tmp_path / "rendezvous"), nprocs=processes)
+    # A process of the fork server ends without Python's teardown, in which gloo's threads, that outlive their group, may abort.
+    arguments = (processes, tmp_path / "rendezvous")
+    multiprocessing.start_processes(train_sharded, arguments, nprocs=processes, start_method="forkserver")
 
 
 @names

@@ -1,128 +1,16 @@
-"""Logits of the original implementations that run on a CPU."""
+"""Mamba and Mamba-2 beside those of Transformers' Jamba, Bamba and others. RetNet beside torchscale's: test_torchscale.py."""
 
-import sys
-import types
+import importlib
 
 import pytest
 import torch
+import transformers
+from torch import Tensor
 
 import hf_linear
 from hf_linear.mixers.mamba import Mamba
-
-OURS = {
-    "embed_tokens": "model.embed_tokens",
-    "retention.q_proj": "mixer.q_proj",
-    "retention.k_proj": "mixer.k_proj",
-    "retention.v_proj": "mixer.v_proj",
-    "retention.g_proj": "mixer.g_proj",
-    "retention.out_proj": "mixer.o_proj",
-    "retention_layer_norm": "mixer_norm",
-    "ffn.fc1": "mlp.gate_proj",  # torchscale activates fc1 and multiplies by gate
-    "ffn.gate": "mlp.up_proj",
-    "ffn.fc2": "mlp.down_proj",
-    "final_layer_norm": "mlp_norm",
-    "layer_norm": "model.norm",
-    "output_projection": "lm_head",
-}
-
-
-@pytest.fixture(scope="module")
-def torchscale():
-    """torchscale's RetNet without fairscale and timm, of which it uses three names that do nothing here."""
-
-    def module(name, **names):
-        sys.modules[name] = types.ModuleType(name)
-        sys.modules[name].__dict__.update(names)
-        return sys.modules[name]
-
-    before = dict(sys.modules)
-    nn = module("fairscale.nn", checkpoint_wrapper=lambda m, *a, **k: m, wrap=lambda m, *a, **k: m)
-    module("fairscale", nn=nn)
-    module("timm")
-    module("timm.models")
-    module("timm.models.layers", drop_path=lambda x, *a, **k: x)
-    from torchscale.architecture import config, retnet
-
-    yield types.SimpleNamespace(config=config, retnet=retnet)
-    for name in set(sys.modules) - set(before):
-        if name.startswith(("fairscale", "timm")):
-            del sys.modules[name]
-
-
-def build(torchscale):
-    """The same random RetNet twice, in float64: value width 1.5 times the key width, an MLP with SwiGLU."""
-    original = torchscale.retnet.RetNetDecoder(
-        torchscale.config.RetNetConfig(
-            vocab_size=97,
-            decoder_embed_dim=32,
-            decoder_value_embed_dim=48,
-            decoder_retention_heads=4,
-            decoder_ffn_embed_dim=40,
-            decoder_layers=2,
-            activation_fn="swish",
-            recurrent_chunk_size=4,
-        ),
-        embed_tokens=torch.nn.Embedding(97, 32),
-    )
-    config = hf_linear.RetNetConfig(
-        vocab_size=97,
-        hidden_size=32,
-        expand_v=1.5,
-        num_heads=4,
-        intermediate_size=40,
-        num_hidden_layers=2,
-        rope_style="interleaved",
-        rope_frequencies="linspace",
-        elementwise_affine=False,
-        retention_norm="decay",
-    )
-    ours = hf_linear.RetNetForCausalLM(config)
-    state = {ours_key(key): x for key, x in original.state_dict().items() if "retnet_rel_pos" not in key}
-    ours.load_state_dict(state, strict=True)
-    return original.double().eval(), ours.double().eval()
-
-
-def ours_key(key: str) -> str:
-    """torchscale's key in our words: "layers.0.ffn.fc1.weight" to "model.layers.0.mlp.gate_proj.weight"."""
-    parts = key.split(".")
-    prefix = f"model.layers.{parts[1]}." if parts[0] == "layers" else ""
-    name = ".".join(parts[2:-1] if prefix else parts[:-1])
-    return f"{prefix}{OURS[name]}.{parts[-1]}"
-
-
-def recurrent_logits(original, ids):
-    """torchscale's recurrent form, one token a call; it wants the whole prefix each time."""
-    state = {}
-    steps = [original(ids[:, : t + 1], incremental_state=state)[0][:, -1] for t in range(ids.shape[1])]
-    return torch.stack(steps, 1)
-
-
-# torchscale keeps its rotary angles and decays in float32 buffers, which costs 3e-7 at logits of order 1.
-TOLERANCE = 1e-6
-
-
-def test_retnet_equals_torchscale_in_parallel(torchscale):
-    original, ours = build(torchscale)
-    ids = torch.randint(0, 97, (2, 70))
-    assert torch.isclose(ours(ids).logits, original(ids)[0], rtol=0, atol=TOLERANCE).all()
-
-
-def test_retnet_equals_torchscale_recurrently(torchscale):
-    original, ours = build(torchscale)
-    with torch.no_grad():
-        for module in (original, ours):  # scores far above 1: the parallel form would clamp its row sums here
-            for name, p in module.named_parameters():
-                if "q_proj" in name or "k_proj" in name:
-                    p.mul_(8)
-    ids = torch.randint(0, 97, (2, 20))
-    expected = recurrent_logits(original, ids)
-    assert torch.isclose(ours(ids).logits, expected, rtol=0, atol=TOLERANCE).all()
-    cache, steps = None, []
-    for t in range(ids.shape[1]):
-        out = ours(ids[:, t : t + 1], past_key_values=cache, use_cache=True)
-        cache = out.past_key_values
-        steps.append(out.logits)
-    assert torch.isclose(torch.cat(steps, 1), expected, rtol=0, atol=TOLERANCE).all()
+from hf_linear.mixers.mamba2 import Mamba2
+from hf_linear.ops import linear_attention
 
 
 @pytest.fixture
@@ -177,3 +65,109 @@ def test_mamba_keeps_its_decays_in_float32(tmp_path):
     wide = {name.rsplit(".", 1)[-1] for name, p in model.named_parameters() if p.dtype == torch.float32}
     assert wide == {"A_log", "D"}
     assert model(torch.tensor([[1, 2, 3]])).logits.dtype == torch.bfloat16
+
+
+# Transformers' Mamba-2 layers: the options of their configs, the words for ours, and the mixer.
+TWO_GROUPS = {"mamba2": "n_groups", "bamba": "mamba_n_groups", "granitemoehybrid": "mamba_n_groups", "zamba2": "mamba_ngroups"}
+MAMBA2 = {
+    "mamba2": ("Mamba2", "Mamba2Mixer", {"num_heads": 4, "head_dim": 16, "state_size": 6, "conv_kernel": 3, "use_bias": True}),
+    "bamba": ("Bamba", "BambaMixer", {"mamba_n_heads": 4, "mamba_d_state": 6, "mamba_d_conv": 3, "mamba_proj_bias": True}),
+    "granitemoehybrid": (
+        "GraniteMoeHybrid",
+        "GraniteMoeHybridMambaLayer",
+        {"mamba_n_heads": 4, "mamba_d_state": 6, "mamba_d_conv": 3, "mamba_proj_bias": True},
+    ),
+    "zamba2": (
+        "Zamba2",
+        "Zamba2MambaMixer",
+        {"n_mamba_heads": 4, "mamba_d_state": 6, "mamba_d_conv": 3, "add_bias_linear": True},
+    ),
+}
+
+
+def mamba2_and_ours(name: str, groups: int):
+    """A Mamba-2 layer of Transformers and ours with its parameters, by their names."""
+    torch.manual_seed(0)
+    family, mixer, options = MAMBA2[name]
+    config = getattr(transformers, f"{family}Config")(hidden_size=32, **options, **{TWO_GROUPS[name]: groups})
+    original = getattr(importlib.import_module(f"transformers.models.{name}.modeling_{name}"), mixer)(config, 0)
+    original.time_step_limit = (0.1, 1.5)
+    own = {"num_heads": 4, "state_size": 6, "conv_kernel": 3, "n_groups": groups, "use_bias": True, "norm_eps": 1e-5}
+    if name == "granitemoehybrid":
+        own["norm_eps"] = 1e-6
+    own["time_step_limit"] = (0.1, 1.5)
+    config = hf_linear.LinearHybridConfig(
+        hidden_size=32, num_heads=2, num_hidden_layers=1, pattern="N", mixer_options={"mamba2": own}
+    )
+    ours = Mamba2(config.for_mixer("mamba2"), 0)
+    with torch.no_grad():
+        for p in original.parameters():
+            p.add_(torch.randn_like(p) / 4)
+    ours.load_state_dict(original.state_dict(), strict=True)
+    return original, ours
+
+
+@pytest.mark.parametrize("T", [1, 70])
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("name", MAMBA2)
+def test_mamba2_is_that_of_transformers(name, groups, T):
+    """Output and gradients in float32, in which they compute whatever their dtype."""
+    original, ours = mamba2_and_ours(name, groups)
+    if groups == 2 and not hasattr(original.norm, "group_size"):  # before 5.24 some normalised all groups as one
+        ours.norm.groups = 1
+    x = torch.randn(2, T, 32)
+    found = []
+    for mixer, options in ((original, {}), (ours, {"position_ids": torch.arange(T)[None]})):
+        y = mixer(x, **options)
+        y = y[0] if isinstance(y, tuple) else y
+        weights = torch.randn(y.shape, generator=torch.Generator().manual_seed(1))
+        names, parameters = zip(*mixer.named_parameters(), strict=True)
+        found.append({"y": y} | dict(zip(names, torch.autograd.grad((y * weights).sum(), parameters), strict=True)))
+    for parameter, wanted in found[0].items():
+        # Sums of 140 tokens in another order.
+        torch.testing.assert_close(found[1][parameter], wanted, rtol=1e-4, atol=1e-5 * wanted.abs().max().item(), msg=parameter)
+
+
+def test_mamba2_starts_as_in_transformers():
+    """A = -1, ..., -H and D = 1; steps of 0.001 to 0.1."""
+    options = {"mamba2": {"num_heads": 8}}
+    config = hf_linear.LinearHybridConfig(
+        vocab_size=8, hidden_size=32, num_heads=2, num_hidden_layers=1, pattern="N", mixer_options=options
+    )
+    mixer = hf_linear.LinearHybridModel(config).layers[0].mixer
+    torch.testing.assert_close(mixer.A_log.exp(), torch.arange(1.0, 9))
+    assert torch.equal(mixer.D, torch.ones(8)) and torch.equal(mixer.norm.weight, torch.ones(64))
+    steps = torch.nn.functional.softplus(mixer.dt_bias)
+    assert steps.min() > 0.00099 and steps.max() < 0.101 and steps.max() > 3 * steps.min()
+
+
+def ssm(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
+    """The state space of a head as the Mamba-2 paper writes it: h_t = a_t h_{t-1} + B_t x_t^T, y_t = C_t^T h_t."""
+    h, y = torch.zeros(B.shape[1], x.shape[1], dtype=x.dtype), []
+    for t in range(len(x)):
+        h = (dt[t] * A).exp() * h + torch.outer(B[t], dt[t] * x[t])
+        y.append(C[t] @ h)
+    return torch.stack(y)
+
+
+def semiseparable(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
+    """Its dual: y = (L * (C B^T)) (dt x), L_ij = a_i ... a_{j+1}, attention under a mask of decays."""
+    steps = (dt * A).cumsum(0)
+    L = (steps[:, None] - steps).tril().exp().tril()
+    return (L * (C @ B.T)) @ (dt[:, None] * x)
+
+
+@pytest.mark.parametrize("backend", ["reference", "chunked"])
+def test_duality(backend):
+    """The state space, masked attention, and `linear_attention` of C, B and dt x with the log-decay dt A are one function."""
+    rng = torch.Generator().manual_seed(0)
+    T, H, N, P = 70, 3, 5, 4
+    x, B, C = (torch.randn(T, H, n, generator=rng, dtype=torch.float64) for n in (P, N, N))
+    dt = torch.rand(T, H, generator=rng, dtype=torch.float64)
+    A = -torch.rand(H, generator=rng, dtype=torch.float64) * 4
+    q, k, v, g = C, B, dt[..., None] * x, dt * A
+    found, _ = linear_attention(q[None], k[None], v[None], g[None], scale=1.0, backend=backend)
+    for form in (ssm, semiseparable):
+        wanted = torch.stack([form(x[:, h], dt[:, h], A[h], B[:, h], C[:, h]) for h in range(H)], 1)
+        # 70 sums in another order, in float64; the masked form also takes differences of running sums.
+        torch.testing.assert_close(found[0], wanted, rtol=1e-11, atol=1e-11)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
-from families import CONFIGS, ids, logits, tiny_model
+from families import CONFIGS, PRESETS, ids, logits, one_layer_of_each_kind, tiny_model
 from huggingface_hub import ModelCard
 from peft import LoraConfig, get_peft_model
 from torch import nn
@@ -434,10 +434,11 @@ def test_lora_trains_adapters_alone_resumes_and_opens(recipe, base):
     assert ModelCard.load(folder / "README.md").data.base_model == str(base)  # peft's
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", [*CONFIGS, *PRESETS])
 def test_an_adapter_on_every_linear_learns_and_acts(name):
     """A layer that reads `.weight` instead of calling its Linear would leave the adapter without gradient or effect."""
-    model = tiny_model(name, dtype=torch.float32)
+    depth = one_layer_of_each_kind(name) if name in PRESETS else {}
+    model = tiny_model(name, dtype=torch.float32, **depth)
     linears = {path for path, module in model.named_modules() if isinstance(module, nn.Linear)}
     adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=sorted(linears)))
     layers = {path.removeprefix("base_model.model."): m for path, m in adapted.named_modules() if hasattr(m, "lora_A")}

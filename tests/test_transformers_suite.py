@@ -30,8 +30,9 @@ from transformers.trainer_pt_utils import LabelSmoother
 from hf_linear.decoder import LinearPreTrainedModel
 from hf_linear.mixers.hyena import HyenaFilter
 
-NAMES = ["gla", "gla-conv-kv-phi", "retnet", "linear-elu", "hyena", "hybrid-rope", "hybrid-sliding", "hybrid-sparse"]
-ATTENTION = ["hybrid-rope", "hybrid-sliding", "hybrid-sparse"]
+NAMES = ["gla", "gla-conv-kv-phi", "retnet", "linear-elu", "hyena", "hybrid-rope", "hybrid-sliding"]
+NAMES += ["hybrid-sparse", "hybrid-shared"]
+ATTENTION = ["hybrid-rope", "hybrid-sliding", "hybrid-sparse", "hybrid-shared"]
 HEADS = {
     "Model": (AutoModel, "MODEL_MAPPING_NAMES"),
     "ForCausalLM": (AutoModelForCausalLM, "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES"),
@@ -283,6 +284,8 @@ def test_layers_offloaded_to_disk(name, tmp_path):
     model.save_pretrained(tmp_path)
     places = {f"model.layers.{i}": "disk" if i % 2 else "cpu" for i in range(model.config.num_hidden_layers)}
     places.update(dict.fromkeys(("model.embed_tokens", "model.norm", "lm_head"), "cpu"))
+    if model.model.shared_block is not None:
+        places["model.shared_block"] = "disk"
     again = type(model).from_pretrained(tmp_path, device_map=places, offload_folder=tmp_path / "disk")
     with torch.no_grad():
         close(again(x).logits, model(x).logits)

@@ -49,13 +49,14 @@ class DataRecipe:
 
     Attributes:
         path: a data set's name on the Hub, or "text" (a file is a document), "parquet", "json", or one that needs no download:
-            "python-stdlib", or "dna-motifs" (training/dna.py).
+            "python-stdlib", "dna-motifs" (training/dna.py), or "mqar" (training/mqar.py, for training.recall).
         name: the data set's configuration.
         data_files: files or globs.
         split: the split to train on.
         streaming: read while training instead of preparing first. Needs trainer.max_steps.
         column: the column that holds a document's text.
         label: the column that holds its class, for training.classify.
+        pairs: for training.recall, the keys of a document.
         test: for training.classify, the split whose accuracy is measured once, at the end; the held-out documents may then
             choose among models.
         held_out: the documents to evaluate on. A fraction (chosen by the hash of the text, so that the choice is the same in
@@ -70,6 +71,7 @@ class DataRecipe:
     streaming: bool = False
     column: str = "text"
     label: str | None = None
+    pairs: int | None = None
     test: str | None = None
     held_out: float | int | str = 0.05
     sequence_length: int = 2048

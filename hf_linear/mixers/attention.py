@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,11 +11,33 @@ from transformers import Cache, PreTrainedConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hf_linear.cache import check_keys
+from hf_linear.modules.norm import RMSNorm
 from hf_linear.modules.rotary import AttentionRotary
 
+Linear = Callable[[int, int, bool], nn.Module]  # of a width in, a width out, with or without a bias
+Product = Callable[[str, Tensor], Tensor]  # of the weights that go by a name, and x
 
-class Attention(nn.Module):
-    """softmax(q k^T / sqrt(head_dim)) v with grouped key-value heads, rotary positions or none. State: keys and values."""
+
+class AttentionWeights(nn.Module):
+    """The linear layers of attention."""
+
+    def __init__(self, config: PreTrainedConfig, linear: Linear = nn.Linear):
+        super().__init__()
+        D, bias = config.head_dim, config.attention_bias
+        self.q_proj = linear(config.hidden_size, config.num_heads * D, bias)
+        self.k_proj = linear(config.hidden_size, config.num_kv_heads * D, bias)
+        self.v_proj = linear(config.hidden_size, config.num_kv_heads * D, bias)
+        if config.attention_output_gate:
+            self.g_proj = linear(config.hidden_size, config.num_heads * D, False)
+        self.o_proj = linear(config.num_heads * D, config.hidden_size, False)
+
+
+class Attention(AttentionWeights):
+    """softmax(q k^T / sqrt(head_dim)) v with grouped key-value heads, rotary positions or none. State: keys and values.
+
+    With `use_qk_norm` every head of q and k is normalised before it turns; with `attention_output_gate` the heads' outputs
+    are multiplied by sigmoid(W x): both as in Qwen3-Next.
+    """
 
     layer_type = "full_attention"
     cache_layer = None
@@ -22,17 +45,15 @@ class Attention(nn.Module):
     is_causal = True
     sliding_window: int | None = None
 
-    def __init__(self, config: PreTrainedConfig, layer_idx: int):
-        super().__init__()
+    def __init__(self, config: PreTrainedConfig, layer_idx: int, linear: Linear = nn.Linear):
+        super().__init__(config, linear)
         self.config, self.layer_idx = config, layer_idx
         self.head_dim = config.head_dim
         self.num_key_value_groups = config.num_heads // config.num_kv_heads
-        self.scaling = self.head_dim**-0.5
-        bias = config.attention_bias
-        self.q_proj = nn.Linear(config.hidden_size, config.num_heads * self.head_dim, bias=bias)
-        self.k_proj = nn.Linear(config.hidden_size, config.num_kv_heads * self.head_dim, bias=bias)
-        self.v_proj = nn.Linear(config.hidden_size, config.num_kv_heads * self.head_dim, bias=bias)
-        self.o_proj = nn.Linear(config.num_heads * self.head_dim, config.hidden_size, bias=False)
+        self.scaling = self.head_dim**-0.5 if config.attention_multiplier is None else config.attention_multiplier
+        if config.use_qk_norm:
+            self.q_norm = RMSNorm(self.head_dim, eps=config.norm_eps)
+            self.k_norm = RMSNorm(self.head_dim, eps=config.norm_eps)
         self.rotary = AttentionRotary(config)
 
     def forward(
@@ -43,9 +64,12 @@ class Attention(nn.Module):
         attention_mask: Any = None,
         cu_seqlens: Tensor | None = None,
         past_key_values: Cache | None = None,
+        shared: Product | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (self.product(p, x, shared).unflatten(-1, (-1, self.head_dim)) for p in ("q_proj", "k_proj", "v_proj"))
+        if self.config.use_qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
         q, k = self.rotary(q, k, position_ids)
         q, k, v = (y.transpose(1, 2) for y in (q, k, v))
         if past_key_values is not None:
@@ -64,7 +88,15 @@ class Attention(nn.Module):
             position_ids=position_ids,
             **kwargs,
         )
-        return self.o_proj(o.flatten(-2)), weights
+        o = o.flatten(-2)
+        if self.config.attention_output_gate:
+            o = o * self.product("g_proj", x, shared).sigmoid()
+        return self.product("o_proj", o, shared), weights
+
+    def product(self, name: str, x: Tensor, shared: Product | None) -> Tensor:
+        """x times the weights of that name, and those of a shared block where this layer is one of its sites."""
+        y = getattr(self, name)(x)
+        return y if shared is None else shared(name, x) + y
 
 
 class SlidingAttention(Attention):

@@ -43,14 +43,16 @@ class RecurrentMixer(nn.Module):
         g: Tensor | None,
         cache: StateLayer | None,
         cu_seqlens: Tensor | None,
+        scale: float | None = None,
+        /,
         **states: Tensor,
     ) -> Tensor:
         """o of `op`, from the cache's recurrent state and on to the next, which is kept together with the other `states`."""
         state = None if cache is None else cache.read("recurrent")
         if state is not None and cls.steps(state, q.shape[1], q, k, v, g):
-            o, state = recurrent_step(q, k, v, g, state)
+            o, state = recurrent_step(q, k, v, g, state, scale=scale)
         else:
-            o, state = op(q, k, v, g, initial_state=state, cu_seqlens=cu_seqlens)
+            o, state = op(q, k, v, g, scale=scale, initial_state=state, cu_seqlens=cu_seqlens)
         if cache is not None:
             cache.write(q.shape[1], recurrent=state, **states)
         return o

@@ -12,7 +12,7 @@ from hf_linear.cache import StateLayer
 from hf_linear.mixers.base import RecurrentMixer
 from hf_linear.modules.decay import log_decay
 from hf_linear.modules.feature_maps import feature_map
-from hf_linear.modules.norm import GatedRMSNorm, project_heads
+from hf_linear.modules.norm import HEAD_NORMS, project_heads
 from hf_linear.modules.padding import zero_padding
 from hf_linear.modules.projections import project, repeat_heads
 from hf_linear.modules.short_conv import ShortConv
@@ -44,8 +44,9 @@ class GatedLinearAttention(RecurrentMixer):
             nn.Linear(config.gate_low_rank_dim, key_dim),
         )
         if config.use_output_gate:
-            self.g_proj = nn.Linear(config.hidden_size, value_dim * self.groups, bias=False)
-        self.norm = GatedRMSNorm(self.head_v, eps=config.norm_eps, elementwise_affine=config.elementwise_affine)
+            self.g_proj = nn.Linear(config.hidden_size, value_dim * self.groups, bias=config.output_gate_bias)
+        norm = HEAD_NORMS[config.head_norm]
+        self.norm = norm(self.head_v, eps=config.head_norm_eps, elementwise_affine=config.elementwise_affine)
         self.o_proj = nn.Linear(config.value_dim, config.hidden_size, bias=False)
         self.phi = feature_map(config.feature_map)
 

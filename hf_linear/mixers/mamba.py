@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedConfig
 
+from hf_linear.cache import StateLayer
 from hf_linear.mixers.base import RecurrentMixer
 from hf_linear.modules.norm import RMSNorm
 from hf_linear.modules.short_conv import ShortConv
@@ -30,10 +32,9 @@ class Mamba(RecurrentMixer):
     def __init__(self, config: PreTrainedConfig, layer_idx: int):
         super().__init__(config, layer_idx)
         N, rank, dim = config.state_size, config.time_step_rank, config.expand * config.hidden_size
-        self.parts = [rank, N, N]
         self.in_proj = nn.Linear(config.hidden_size, 2 * dim, bias=config.use_bias)
         self.conv1d = ShortConv(dim, config.conv_kernel, bias=config.use_conv_bias, activation="silu")
-        self.x_proj = nn.Linear(dim, sum(self.parts), bias=False)
+        self.x_proj = nn.Linear(dim, rank + 2 * N, bias=False)
         self.dt_proj = nn.Linear(rank, dim)
         self.A_log = nn.Parameter(self.initial_A_log(dim))
         self.D = nn.Parameter(torch.ones(dim))
@@ -48,10 +49,7 @@ class Mamba(RecurrentMixer):
         return torch.arange(1.0, self.config.state_size + 1).log().repeat(dim, 1)
 
     def initial_dt_bias(self) -> Tensor:
-        """Step sizes between `time_step_min` and `time_step_max`, evenly in their logarithm, under a softplus."""
-        ends = torch.tensor([self.config.time_step_min, self.config.time_step_max]).log()
-        dt = (ends[0] + torch.rand(self.dt_proj.out_features) * (ends[1] - ends[0])).exp()
-        return dt + torch.log(-torch.expm1(-dt))
+        return initial_dt_bias(self.dt_proj.out_features, self.config.time_step_min, self.config.time_step_max)
 
     def forward(
         self,
@@ -63,21 +61,42 @@ class Mamba(RecurrentMixer):
         past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
-        cache, T = self.state(past_key_values), x.shape[1]
-        x, z = self.in_proj(x).chunk(2, -1)
-        x, conv = self.conv1d(x, attention_mask, cu_seqlens, None if cache is None else cache.read("conv"))
-        dt, B, C = self.x_proj(x).split(self.parts, -1)
-        if self.config.inner_layernorms:
-            dt, B, C = self.dt_layernorm(dt), self.b_layernorm(B), self.c_layernorm(C)
-        dt = self.dt_proj(dt)
-        if attention_mask is not None:  # a step of size softplus(-inf) = 0 leaves the state as it is
-            dt = dt.masked_fill(attention_mask[..., None] == 0, -torch.inf)
-        A = -self.A_log.to(compute_dtype(self.A_log)).exp()
-        inputs, state = (x, dt, A, B, C, self.D, z), None if cache is None else cache.read("recurrent")
-        if state is not None and self.steps(state, T, *inputs):
-            y, state = selective_scan_step(*inputs, state=state, dt_softplus=True)
-        else:
-            y, state = selective_scan(*inputs, initial_state=state, cu_seqlens=cu_seqlens, dt_softplus=True)
-        if cache is not None:
-            cache.write(T, recurrent=state, conv=conv)
-        return self.out_proj(y), None
+        return mix(self, self.conv1d, x, attention_mask, cu_seqlens, self.state(past_key_values)), None
+
+
+def mix(
+    layer: Mamba,
+    convolve: Callable[..., tuple[Tensor, Tensor]],
+    x: Tensor,
+    attention_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    cache: StateLayer | None,
+) -> Tensor:
+    """The output of a layer with the parameters of `Mamba`, norms where it has them; convolve: `ShortConv`'s forward on its
+    `conv1d`."""
+    T, N = x.shape[1], layer.A_log.shape[1]
+    x, z = layer.in_proj(x).chunk(2, -1)
+    x, conv = convolve(x, attention_mask, cu_seqlens, None if cache is None else cache.read("conv"))
+    selected = layer.x_proj(x)
+    dt, B, C = selected.split([selected.shape[-1] - 2 * N, N, N], -1)
+    if hasattr(layer, "dt_layernorm"):
+        dt, B, C = layer.dt_layernorm(dt), layer.b_layernorm(B), layer.c_layernorm(C)
+    dt = layer.dt_proj(dt)
+    if attention_mask is not None:  # a step of size softplus(-inf) = 0 leaves the state as it is
+        dt = dt.masked_fill(attention_mask[..., None] == 0, -torch.inf)
+    A = -layer.A_log.to(compute_dtype(layer.A_log)).exp()
+    inputs, state = (x, dt, A, B, C, layer.D, z), None if cache is None else cache.read("recurrent")
+    if state is not None and RecurrentMixer.steps(state, T, *inputs):
+        y, state = selective_scan_step(*inputs, state=state, dt_softplus=True)
+    else:
+        y, state = selective_scan(*inputs, initial_state=state, cu_seqlens=cu_seqlens, dt_softplus=True)
+    if cache is not None:
+        cache.write(T, recurrent=state, conv=conv)
+    return layer.out_proj(y)
+
+
+def initial_dt_bias(number: int, least: float, largest: float) -> Tensor:
+    """Step sizes between two, evenly in their logarithm, as they are before a softplus."""
+    ends = torch.tensor([least, largest]).log()
+    dt = (ends[0] + torch.rand(number) * (ends[1] - ends[0])).exp()
+    return dt + torch.log(-torch.expm1(-dt))

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import Cache, PreTrainedConfig
 
 from hf_linear.mixers.base import RecurrentMixer
+from hf_linear.modules.feature_maps import feature_map
 from hf_linear.modules.norm import GatedRMSNorm, project_heads
 from hf_linear.modules.padding import zero_padding
 from hf_linear.modules.projections import project, repeat_heads
@@ -39,6 +40,7 @@ class Retention(RecurrentMixer):
             self.g_proj = nn.Linear(config.hidden_size, config.value_dim, bias=False)
         self.norm = GatedRMSNorm(self.head_v, eps=config.norm_eps, elementwise_affine=config.elementwise_affine)
         self.o_proj = nn.Linear(config.value_dim, config.hidden_size, bias=False)
+        self.phi = feature_map(config.feature_map)
 
     def forward(
         self,
@@ -55,6 +57,7 @@ class Retention(RecurrentMixer):
         q, k, v = (y.unflatten(-1, (-1, width)) for y, width in ((q, self.head_k), (k, self.head_k), (v, self.head_v)))
         dtype = torch.promote_types(x.dtype, torch.float32)
         frequencies = FREQUENCIES[self.config.rope_frequencies](self.head_k, THETA, x.device, dtype)
+        q, k = self.phi(q), self.phi(k)
         turn = angles(position_ids, frequencies)
         q, k = (rotate(y, turn, self.config.rope_style) for y in (q, k))
         (k,) = zero_padding(attention_mask, k)

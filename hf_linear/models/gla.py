@@ -6,8 +6,11 @@ from typing import Any, ClassVar
 
 from transformers import GenerationMixin
 
+from hf_linear.checkpoints import fla
+from hf_linear.checkpoints.gla_original import OriginalGLA
+from hf_linear.checkpoints.layout import Layout
+from hf_linear.config import LinearConfig
 from hf_linear.decoder import (
-    LinearConfig,
     LinearForCausalLM,
     LinearForSequenceClassification,
     LinearForTokenClassification,
@@ -15,6 +18,7 @@ from hf_linear.decoder import (
     LinearPreTrainedModel,
 )
 from hf_linear.modules.feature_maps import FEATURE_MAPS
+from hf_linear.modules.norm import HEAD_NORMS
 
 
 class GLAConfig(LinearConfig):
@@ -26,6 +30,9 @@ class GLAConfig(LinearConfig):
         feature_map: phi of queries and keys.
         use_short_conv: convolve q, k and v over `conv_size` tokens, with SiLU.
         use_output_gate: multiply the normalised output by silu(W x).
+        output_gate_bias: by silu(W x + b), as the paper's own models do.
+        head_norm: "rms", or "layer" for the layer norm of the paper's own models.
+        head_norm_eps: eps of the head norm, None for norm_eps.
         elementwise_affine: whether the head norm has weights.
         gate_low_rank_dim: rank of the decay's projection.
         gate_logit_normalizer: the decay is sigmoid(.) ** (1 / gate_logit_normalizer).
@@ -38,6 +45,7 @@ class GLAConfig(LinearConfig):
         "340M": {"hidden_size": 1024, "num_hidden_layers": 24, "num_heads": 4},
         "1.3B": {"hidden_size": 2048, "num_hidden_layers": 24, "num_heads": 4},
     }
+    layouts: ClassVar[tuple[Layout, ...]] = (OriginalGLA(), *fla.LAYOUTS)
     foreign: ClassVar[dict[str, Any]] = {**LinearConfig.foreign, "use_gk": True, "use_gv": False}
 
     expand_k: float | int = 0.5
@@ -46,6 +54,9 @@ class GLAConfig(LinearConfig):
     use_short_conv: bool = False
     conv_size: int = 4
     use_output_gate: bool = True
+    output_gate_bias: bool = False
+    head_norm: str = "rms"
+    head_norm_eps: float | None = None
     elementwise_affine: bool = True
     gate_low_rank_dim: int = 16
     gate_logit_normalizer: float | int = 16
@@ -55,7 +66,10 @@ class GLAConfig(LinearConfig):
         super().__post_init__(**kwargs)
         if self.feature_map is None:  # flash-linear-attention's word for it
             self.feature_map = "identity"
+        if self.head_norm_eps is None:
+            self.head_norm_eps = self.norm_eps
         self.check_choice("feature_map", FEATURE_MAPS)
+        self.check_choice("head_norm", HEAD_NORMS)
         self.check_divides("num_heads", self.num_heads, "hidden_size * expand_k", self.key_dim)
         self.check_divides("num_heads", self.num_heads, "hidden_size * expand_v", self.value_dim)
         self.check_least(conv_size=1, gate_low_rank_dim=1)

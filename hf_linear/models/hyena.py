@@ -9,8 +9,8 @@ from transformers import GenerationMixin
 from transformers.modeling_utils import load_state_dict
 
 from hf_linear.checkpoints import hyenadna
+from hf_linear.config import LinearConfig
 from hf_linear.decoder import (
-    LinearConfig,
     LinearForCausalLM,
     LinearForSequenceClassification,
     LinearForTokenClassification,

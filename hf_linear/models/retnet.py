@@ -6,14 +6,18 @@ from typing import Any, ClassVar
 
 from transformers import GenerationMixin
 
+from hf_linear.checkpoints import fla
+from hf_linear.checkpoints.layout import Layout
+from hf_linear.checkpoints.torchscale import Syncdoth, Torchscale
+from hf_linear.config import LinearConfig
 from hf_linear.decoder import (
-    LinearConfig,
     LinearForCausalLM,
     LinearForSequenceClassification,
     LinearForTokenClassification,
     LinearModel,
     LinearPreTrainedModel,
 )
+from hf_linear.modules.feature_maps import FEATURE_MAPS
 from hf_linear.modules.rotary import FREQUENCIES, STYLES
 
 
@@ -26,6 +30,7 @@ class RetNetConfig(LinearConfig):
     Args:
         expand_k: key_dim / hidden_size.
         expand_v: value_dim / hidden_size.
+        feature_map: phi of queries and keys, before they turn.
         use_output_gate: multiply the normalised output by silu(W x).
         elementwise_affine: whether the head norm has weights.
         retention_norm: "none", or "decay" for o_t / sqrt(sum of gamma^i over the tokens so far).
@@ -39,12 +44,14 @@ class RetNetConfig(LinearConfig):
         "340M": {"hidden_size": 1024, "num_hidden_layers": 24, "num_heads": 4},
         "1.3B": {"hidden_size": 2048, "num_hidden_layers": 24, "num_heads": 8},
     }
-    foreign: ClassVar[dict[str, Any]] = {**LinearConfig.foreign, "feature_map": None, "use_short_conv": False}
+    layouts: ClassVar[tuple[Layout, ...]] = (Torchscale(), Syncdoth(), *fla.LAYOUTS)
+    foreign: ClassVar[dict[str, Any]] = {**LinearConfig.foreign, "use_short_conv": False}
 
     num_heads: int = 8
     hidden_ratio: float | int = 2
     expand_k: float | int = 1.0
     expand_v: float | int = 2.0
+    feature_map: str = "identity"
     use_output_gate: bool = True
     elementwise_affine: bool = True
     retention_norm: str = "none"
@@ -53,6 +60,9 @@ class RetNetConfig(LinearConfig):
 
     def __post_init__(self, **kwargs) -> None:
         super().__post_init__(**kwargs)
+        if self.feature_map is None:  # flash-linear-attention's word for it
+            self.feature_map = "identity"
+        self.check_choice("feature_map", FEATURE_MAPS)
         self.check_choice("retention_norm", ("none", "decay"))
         self.check_choice("rope_style", STYLES)
         self.check_choice("rope_frequencies", FREQUENCIES)

@@ -1,6 +1,7 @@
 """phi of kernel-view linear attention: softmax(q k^T) is replaced by phi(q) phi(k)^T."""
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -17,6 +18,11 @@ def softmax(x: Tensor) -> Tensor:
     return torch.softmax(x, dim=-1)
 
 
+def squared_relu(x: Tensor) -> Tensor:
+    """max(x, 0)^2 (arXiv 2109.08668)."""
+    return F.relu(x) ** 2
+
+
 def identity(x: Tensor) -> Tensor:
     return x
 
@@ -26,6 +32,11 @@ FEATURE_MAPS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
     "identity": identity,
     "softmax": softmax,
+    # In Transformers' words.
+    "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
+    "relu2": squared_relu,
+    "sigmoid": torch.sigmoid,
+    "silu": F.silu,
 }
 
 

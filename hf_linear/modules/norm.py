@@ -1,7 +1,8 @@
-"""Root-mean-square norms (arXiv 1910.07467). Their parameters are those of torch.nn.RMSNorm."""
+"""Root-mean-square norms (arXiv 1910.07467), and a layer norm for heads. Their parameters are those of torch.nn.RMSNorm."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -41,6 +42,30 @@ class GatedRMSNorm(nn.RMSNorm):
             return fused.norm(o, gate, self.weight, self.eps, factor_dtype(o)).flatten(-2)
         y = super().forward(o).flatten(-2)
         return y if gate is None else y * F.silu(gate)
+
+
+class GroupRMSNorm(nn.RMSNorm):
+    """norm(y * silu(gate)), every group of channels by itself: the gate first, as Mamba-2 has it. In float32 at least."""
+
+    def __init__(self, dim: int, groups: int, eps: float):
+        super().__init__(dim, eps=eps)
+        self.groups = groups
+
+    def forward(self, y: Tensor, gate: Tensor) -> Tensor:
+        """y, gate: [B, T, D]."""
+        dtype = torch.promote_types(y.dtype, torch.float32)
+        y = (y.to(dtype) * F.silu(gate.to(dtype))).unflatten(-1, (self.groups, -1))
+        return F.rms_norm(y, y.shape[-1:], eps=self.eps).flatten(-2) * self.weight
+
+
+class GatedLayerNorm(GatedRMSNorm):
+    """GatedRMSNorm of o minus its mean: a layer norm without a bias (arXiv 1607.06450)."""
+
+    def forward(self, o: Tensor, gate: Tensor | None = None) -> Tensor:
+        return super().forward(o - o.mean(-1, keepdim=True), gate)
+
+
+HEAD_NORMS = {"rms": GatedRMSNorm, "layer": GatedLayerNorm}
 
 
 def project_heads(o: Tensor, gate: Tensor | None, norm: nn.Module, linear: nn.Module) -> Tensor:

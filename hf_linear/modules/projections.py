@@ -20,7 +20,9 @@ def project(x: Tensor, *linears: nn.Module) -> tuple[Tensor, ...]:
 
 
 def repeat_heads(x: Tensor, groups: int) -> Tensor:
-    """Every head of x [B, T, H, D] `groups` times; PyTorch would copy it even for once."""
+    """Every head of x [B, T, H, D] `groups` times. One head is a view: a copy would be kept for the backward pass."""
+    if x.shape[2] == 1:
+        return x.expand(-1, -1, groups, -1)
     return x if groups == 1 else x.repeat_interleave(groups, dim=2)
 
 

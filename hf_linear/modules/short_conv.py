@@ -25,13 +25,24 @@ class ShortConv(nn.Conv1d):
 
         One token without a mask and a gradient writes it into the state that was given.
         """
-        w, options = self.weight.squeeze(1), {"activation": self.activation}
-        if mask is None and state is not None and x.shape[1] == 1 and not needs_gradient(x, w, self.bias, state):
-            return short_conv_step(x, w, self.bias, state=state, **options)
-        if mask is None:
-            return short_conv(x, w, self.bias, initial_state=state, cu_seqlens=cu_seqlens, **options)
-        W = w.shape[1]
-        past = x.new_zeros(x.shape[0], W - 1, x.shape[2]) if state is None else state
-        sequence, place = right_align(mask, past, x)
-        y, state = short_conv(sequence, w, self.bias, **options)
-        return take(y, place), state
+        return convolve(self, self.activation, x, mask, cu_seqlens, state)
+
+
+def convolve(
+    conv: nn.Conv1d,
+    activation: Literal["silu"] | None,
+    x: Tensor,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    state: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """What `ShortConv` returns, by the parameters of any depthwise nn.Conv1d."""
+    w = conv.weight.squeeze(1)
+    if mask is None and state is not None and x.shape[1] == 1 and not needs_gradient(x, w, conv.bias, state):
+        return short_conv_step(x, w, conv.bias, state=state, activation=activation)
+    if mask is None:
+        return short_conv(x, w, conv.bias, activation=activation, initial_state=state, cu_seqlens=cu_seqlens)
+    past = x.new_zeros(x.shape[0], w.shape[1] - 1, x.shape[2]) if state is None else state
+    sequence, place = right_align(mask, past, x)
+    y, state = short_conv(sequence, w, conv.bias, activation=activation)
+    return take(y, place), state

@@ -1,0 +1,199 @@
+"""Layouts: how other libraries name the fields and the weights of a family of ours.
+
+A layout is one table in Transformers' own words, `WeightRenaming` and `WeightConverter`, theirs to ours. Transformers' loader
+reads by it, shard by shard, onto whatever device and in whatever dtype was asked for; `save` writes by it backwards.
+A family's config names its layouts in `layouts`; the decoder asks here which of them a checkpoint is in.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.core_model_loading import WeightConverter, WeightRenaming, WeightTransform, rename_source_key
+from transformers.modeling_utils import load_state_dict
+from transformers.utils import CONFIG_NAME
+from transformers.utils.loading_report import LoadStateDictInfo
+
+HEADS = ("lm_head.", "score.")
+# Fields of ours that few models set, with the values that mean nothing: a layout without words for one refuses all others.
+PLAIN = {
+    "attention_output_gate": False,
+    "use_qk_norm": False,
+    "attention_multiplier": None,
+    "embedding_multiplier": 1,
+    "use_embedding_norm": False,
+    "residual_multiplier": 1,
+    "logits_scaling": 1,
+}
+
+
+class Layout:
+    """One foreign layout of a family. Subclasses fill in what they have: weights alone, or a config.json too.
+
+    Attributes:
+        name: what `save` and the conversion scripts call it.
+        title: what errors call it.
+    """
+
+    name: str
+    title: str
+
+    def has_config(self, fields: Mapping[str, Any]) -> bool:
+        """Whether a config.json is of this layout."""
+        return False
+
+    def read_config(self, fields: Mapping[str, Any]) -> dict[str, Any]:
+        """Their config.json in our fields; a value that means a model which is not here is an error.
+
+        The `model_type` may be another family's, whose config is what opens then.
+        """
+        raise NotImplementedError
+
+    def write_config(self, config: PreTrainedConfig) -> dict[str, Any]:
+        """Our config as their config.json; what theirs cannot say is an error."""
+        raise NotImplementedError
+
+    def has_weights(self, keys: Collection[str]) -> bool:
+        """Whether a checkpoint with these keys is of this layout."""
+        raise NotImplementedError
+
+    def transforms(self, config: PreTrainedConfig) -> list[WeightTransform]:
+        """The table, theirs to ours, made anew for each use: a transform collects tensors while it works."""
+        raise NotImplementedError
+
+    def derived(self, config: PreTrainedConfig) -> dict[str, Tensor]:
+        """What they save and our models compute, under their keys: checked where it is found, written with the rest."""
+        return {}
+
+
+def renamings(names: Mapping[str, str]) -> list[WeightTransform]:
+    """A renaming for each pair of parts of keys, theirs and ours: all that match a key are applied to it in turn.
+
+    Dots stand for themselves; for the rest, parts are regular expressions as Transformers reads them. Backwards, our part
+    must match no key but those that their part was in.
+    """
+    return [WeightRenaming(theirs.replace(".", r"\."), ours.replace(".", r"\.")) for theirs, ours in names.items()]
+
+
+def layout_of_config(layouts: Iterable[Layout], fields: Mapping[str, Any]) -> Layout | None:
+    """The layout that a config.json is in; None for our own."""
+    return next((layout for layout in layouts if layout.has_config(fields)), None)
+
+
+def layout_of_weights(layouts: Iterable[Layout], keys: Collection[str]) -> Layout | None:
+    """The layout that a checkpoint with these keys is in; None for our own."""
+    return next((layout for layout in layouts if layout.has_weights(keys)), None)
+
+
+def check_derived(layout: Layout, config: PreTrainedConfig, state_dict: Mapping | None, files: list[str] | None) -> None:
+    """Tensors that our models compute must be those of the checkpoint; Transformers has no place for them."""
+    derived = layout.derived(config)
+    found = {key: x for key, x in (state_dict or {}).items() if key in derived}
+    for file in files or [] if derived else []:
+        if file.endswith(".safetensors"):
+            with safe_open(file, "pt") as opened:
+                found |= {key: opened.get_tensor(key) for key in derived.keys() & set(opened.keys())}
+        else:
+            found |= {key: x for key, x in load_state_dict(file).items() if key in derived}
+    for key, x in found.items():
+        expected, rounding = derived[key], torch.finfo(x.dtype).eps
+        if x.shape != expected.shape or not torch.allclose(x.float().cpu(), expected, rtol=8 * rounding, atol=1e-7):
+            raise ValueError(
+                f"{key!r} must be {expected.tolist()}, as the config says, got {x.tolist()}: another variant of {layout.title} "
+                "is not here"
+            )
+
+
+def read_keys(state_dict: Mapping[str, Tensor] | None, files: list[str] | None) -> Collection[str]:
+    """The keys of a checkpoint, of its files' headers where it is not in memory."""
+    return state_dict or {key for file in files or [] for key in load_state_dict(file, map_location="meta")}
+
+
+def check_loaded(
+    layout: Layout,
+    transforms: list[WeightTransform],
+    model: PreTrainedModel,
+    keys: Collection[str],
+    info: LoadStateDictInfo,
+) -> None:
+    """Whatever Transformers found wrong is an error, where it would draw weights anew with a warning, or take one of two.
+
+    Heads are looser: a new `score` may be missing or of another shape, and so may a tied `lm_head`; a head that the model has
+    no place for is left out.
+    """
+    drawn = ("score.", "lm_head.") if model.config.tie_word_embeddings else ("score.",)
+    shapes = {key: list(x.shape) for key, x in model.state_dict().items()}
+    back = [transform.reverse_transform() for transform in reversed(transforms)]
+    origins = defaultdict(list)
+    for key in sorted(keys):
+        name, pattern = rename(key, transforms)
+        if pattern is None:  # what a converter takes together comes from several
+            origins[name].append(key)
+
+    def theirs(key: str) -> str:
+        return repr(rename(key, back, reverse=True)[0])
+
+    problems = [f"{theirs(key)} could not be converted: {error}" for key, error in sorted(info.conversion_errors.items())]
+    problems += [f"{' and '.join(map(repr, several))} are one tensor here" for several in origins.values() if len(several) > 1]
+    problems += [
+        f"missing key {theirs(key)}, wanted with the shape {shapes[key]}"
+        for key in sorted(info.missing_keys)
+        if not key.startswith(drawn)
+    ]
+    problems += [
+        f"{theirs(key)} must have the shape {list(wanted)}, got {list(found)}"
+        for key, found, wanted in sorted(info.mismatched_keys)
+        if not key.startswith("score.")
+    ]
+    derived = layout.derived(model.config)
+    info.unexpected_keys -= {key for key in info.unexpected_keys if rename(key, back, reverse=True)[0] in derived}
+    other_heads = tuple(head for head in HEADS if not any(key.startswith(head) for key in shapes))
+    problems += [f"unexpected key {theirs(key)}" for key in sorted(info.unexpected_keys) if not key.startswith(other_heads)]
+    if problems:
+        more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
+        raise ValueError(
+            f"a checkpoint must fit its config.json, got: {'; '.join(problems[:5])}{more}. It was read as {layout.title}: does "
+            "the config belong to it?"
+        )
+
+
+def rename(key: str, transforms: list[WeightTransform], reverse: bool = False) -> tuple[str, str | None]:
+    """What a table makes of a key, and the pattern of the converter that did, if one did."""
+    names = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
+    converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
+    return rename_source_key(key, names, converters, reverse=reverse)
+
+
+def save(model: PreTrainedModel, folder: str | Path, name: str, **kwargs: Any) -> None:
+    """Write a model as another library does: its config.json, its keys. `kwargs` are those of `save_pretrained`.
+
+    Raises:
+        ValueError: the family has no layout of this name, or the layout cannot say what the model is.
+    """
+    known = {layout.name: layout for layout in reversed(model.config.layouts)}  # of one name, the first writes
+    if name not in known:
+        raise ValueError(f"the layout of a {model.config.model_type} must be one of {sorted(known)}, got {name!r}")
+    if hasattr(model, "score"):
+        raise ValueError(
+            f"a model for {name} must be a language model, got {type(model).__name__}: save what it was made from, or ours"
+        )
+    layout = known[name]
+    fields = layout.write_config(model.config) | {"dtype": str(model.dtype).removeprefix("torch.")}
+    derived = layout.derived(model.config)
+    if derived:
+        kwargs["state_dict"] = {**(kwargs.get("state_dict") or model.state_dict()), **derived}
+    ours = getattr(model, "_weight_conversions", None)
+    model._weight_conversions = layout.transforms(model.config)
+    try:
+        model.save_pretrained(folder, **kwargs)
+    finally:
+        model._weight_conversions = ours
+    (Path(folder) / CONFIG_NAME).write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
