@@ -5,7 +5,7 @@ import sys
 
 import torch
 
-ON_GPU = ["kernels", "long_conv", "decode", "models", "hyena_decode", "hyena_training"]
+ON_GPU = ["kernels", "long_conv", "selective_scan", "decode", "models", "hyena_decode", "hyena_training", "prefill"]
 
 # Each in a process of its own: none inherits the memory or the compiled kernels of another.
 for script in ["ops", "hybrid", *ON_GPU * torch.cuda.is_available(), "roofline"]:

@@ -10,17 +10,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
-from transformers import Cache, DynamicCache
+from transformers import DynamicCache
 
 from hf_linear import LinearHybridConfig, LinearHybridModel
+from hf_linear.cache import cache_bytes
 
 LENGTHS = {"4K": 4096, "32K": 32768, "256K": 262144}
-
-
-def bytes_of_cache(cache: Cache) -> int:
-    """All that a cache holds: states of recurrent layers, keys and values of attention."""
-    held = [layer.states.values() if hasattr(layer, "states") else (layer.keys, layer.values) for layer in cache.layers]
-    return sum(x.numel() * x.element_size() for tensors in held for x in tensors)
 
 
 @torch.no_grad()
@@ -44,7 +39,7 @@ def bytes_after(config: LinearHybridConfig, lengths: Iterable[int]) -> list[int]
                 more = one[i].expand(-1, -1, length - seen, -1)
                 cache.layers[i].update(more, more)
             seen = length
-            sizes.append(bytes_of_cache(cache))
+            sizes.append(cache_bytes(cache))
     return sizes
 
 

@@ -179,3 +179,9 @@ def check_keys(cache: Cache, layer_idx: int, k: Tensor) -> None:
             f"past_key_values.layers[{layer_idx}] must hold keys of [B, H, D] = {wanted[0]} in {wanted[1]}, got {got[0]} in "
             f"{got[1]}: this is the cache of another model or batch, pass DynamicCache(config=model.config)"
         )
+
+
+def cache_bytes(cache: Cache) -> int:
+    """Bytes that a model keeps of its sequences: the states of recurrent layers, the keys and values of attention."""
+    held = [layer.states.values() if isinstance(layer, StateLayer) else (layer.keys, layer.values) for layer in cache.layers]
+    return sum(x.nbytes for tensors in held for x in tensors)

@@ -15,7 +15,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain, groupby
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -203,16 +203,14 @@ def measure_state(config: "PreTrainedConfig") -> tuple[int, int]:
     from torch._subclasses import FakeTensorMode
     from transformers import AutoModel
 
-    from hf_linear.cache import CACHE_NAME, StateLayer
+    from hf_linear.cache import CACHE_NAME, cache_bytes
 
-    def cache_bytes(length: int) -> int:
-        layers = model(torch.zeros(1, length, dtype=torch.long), use_cache=True)[CACHE_NAME].layers
-        held = [layer.states.values() if isinstance(layer, StateLayer) else (layer.keys, layer.values) for layer in layers]
-        return sum(tensor.nbytes for tensor in chain(*held))
+    def bytes_after(length: int) -> int:
+        return cache_bytes(model(torch.zeros(1, length, dtype=torch.long), use_cache=True)[CACHE_NAME])
 
     with FakeTensorMode():  # tensors with shapes and without memory, so that the size of the model does not matter
         model = AutoModel.from_config(config).eval()
-        one_token, two_tokens = cache_bytes(1), cache_bytes(2)
+        one_token, two_tokens = bytes_after(1), bytes_after(2)
     return 2 * one_token - two_tokens, two_tokens - one_token
 
 

@@ -10,7 +10,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 import hf_linear
 from hf_linear import LinearHybridConfig
-from hf_linear.decoder import LinearConfig
+from hf_linear.config import LinearConfig
 from hf_linear.mixers.gla import GatedLinearAttention
 from hf_linear.mixers.hyena import HyenaFilter
 

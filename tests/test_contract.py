@@ -322,7 +322,7 @@ def test_padded_prompt_token_by_token(name, side):
 
 # --- Backend ---------------------------------------------------------------------------------------------------------
 
-OPS = ["linear_attention", "gated_linear_attention", "short_conv", "long_conv"]
+OPS = ["linear_attention", "gated_linear_attention", "short_conv", "long_conv", "selective_scan"]
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from datasets import Dataset
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from training.baselines import compressor_bits_per_byte, ngram_bits_per_byte
-from training.demo import RECIPE, StopAfter, cache_bytes, steps_in
+from training.demo import RECIPE, StopAfter, bytes_after, steps_in
 from training.pretrain import pretrainer
 from training.recipe import load_recipe
 
@@ -90,7 +90,7 @@ def test_state_is_what_a_real_cache_holds(pattern):
     held = []
     for layer in cache.layers:
         held += layer.states.values() if hasattr(layer, "states") else [layer.keys, layer.values]
-    assert cache_bytes(config, 40) == sum(tensor.nbytes for tensor in held)
+    assert bytes_after(config, 40) == sum(tensor.nbytes for tensor in held)
 
 
 def test_bytes_per_bit_of_compressors_counts_every_file():

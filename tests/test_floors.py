@@ -13,6 +13,7 @@ FLOORS = {
     "cache": 3,
     "inputs": 3,
     "mixers": 3,
+    "config": 4,
     "decoder": 4,
     "checkpoints": 4,
     "native": 4,

@@ -23,6 +23,8 @@ from families import (
 from torch import Tensor
 from transformers import Cache, CompileConfig, LogitsProcessor, PreTrainedModel
 
+from hf_linear.cache import cache_bytes
+
 every_config = pytest.mark.parametrize("name", CONFIGS)
 one_of_each = pytest.mark.parametrize("name", ONE_OF_EACH)
 
@@ -179,7 +181,7 @@ def test_state_does_not_grow(name):
     for tokens in (5, 50):
         _, cache = continue_from(model, ids(3, 4), None, max_new_tokens=tokens - 3)
         assert int(cache.get_seq_length()) == tokens
-        sizes[tokens] = cache_bytes(cache)
+        sizes[tokens] = bytes_held(cache)
     config = model.config
     heads, key, value = config.num_heads, config.key_dim, config.value_dim
     normaliser = heads if config.model_type == "linear_attention" and config.feature_map != "identity" else 0
@@ -198,10 +200,10 @@ def test_history_is_bounded_by_the_tokens(name):
         for n in (5, 20, 35):
             _, cache = continue_from(model, ids(3, 4), None, max_new_tokens=n - 3)
             plain = model(ids(3, n), past_key_values=new_cache(model)).past_key_values
-            assert cache_bytes(plain) <= cache_bytes(cache) <= 2 * cache_bytes(plain)
+            assert cache_bytes(plain) == bytes_held(plain) <= bytes_held(cache) <= 2 * bytes_held(plain)
 
 
-def cache_bytes(cache: Cache) -> int:
+def bytes_held(cache: Cache) -> int:
     """Bytes of every tensor that the cache's layers hold, however they hold it."""
     held = []
     for layer in cache.layers:

@@ -6,7 +6,8 @@ import pytest
 import torch
 from families import PRESETS, ids, tiny_config, tiny_model
 
-from benchmarks.hybrid_states import bytes_after, bytes_of_cache, in_units, table, transformer_like
+from benchmarks.hybrid_states import bytes_after, in_units, table, transformer_like
+from hf_linear.cache import cache_bytes
 
 DOCS = Path(__file__).parent.parent / "docs" / "hybrids.md"
 
@@ -17,7 +18,7 @@ def test_is_the_cache_of_a_model_that_ran(name):
     found = bytes_after(tiny_config(name), lengths)
     model = tiny_model(name, dtype=torch.bfloat16)
     with torch.no_grad():
-        expected = [bytes_of_cache(model(ids(1, n), use_cache=True).past_key_values) for n in lengths]
+        expected = [cache_bytes(model(ids(1, n), use_cache=True).past_key_values) for n in lengths]
     assert found == expected
 
 

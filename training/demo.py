@@ -14,14 +14,12 @@ import subprocess
 import sys
 import time
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
-from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
 import datasets
 import torch
 import transformers
-from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -34,7 +32,7 @@ from transformers import (
     set_seed,
 )
 
-from hf_linear.cache import CACHE_NAME
+from hf_linear.cache import CACHE_NAME, cache_bytes
 from training.baselines import compressor_bits_per_byte, ngram_bits_per_byte
 from training.data import count_bytes, load_documents
 from training.evaluate import evaluate
@@ -154,24 +152,15 @@ def state_bytes(config: PreTrainedConfig) -> tuple[int, int, int]:
 
     The first two are read off the cache. A layer's share is constant or grows by so much a token, which gives the third.
     """
-    at_1k, at_32k = cache_bytes(config, 2**10), cache_bytes(config, 2**15)
+    at_1k, at_32k = bytes_after(config, 2**10), bytes_after(config, 2**15)
     a_token = (at_32k - at_1k) // (2**15 - 2**10)
     return at_1k, at_32k, at_32k + a_token * (2**20 - 2**15)
 
 
-def cache_bytes(config: PreTrainedConfig, tokens: int) -> int:
+def bytes_after(config: PreTrainedConfig, tokens: int) -> int:
     with torch.device("meta"), torch.no_grad():  # shapes without numbers: no memory, no arithmetic
         model = AutoModelForCausalLM.from_config(config)
-        cache = model(torch.zeros(1, tokens, dtype=torch.long), use_cache=True, logits_to_keep=1)[CACHE_NAME]
-    return sum(tensor.nbytes for layer in cache.layers for tensor in tensors_in(vars(layer)))
-
-
-def tensors_in(value) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, dict | list | tuple):
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from tensors_in(item)
+        return cache_bytes(model(torch.zeros(1, tokens, dtype=torch.long), use_cache=True, logits_to_keep=1)[CACHE_NAME])
 
 
 def sample(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:

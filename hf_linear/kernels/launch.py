@@ -53,6 +53,14 @@ def ready(x: Tensor) -> Tensor:
     return x if x.data_ptr() % 16 == 0 else x.clone()
 
 
+def evenly_spaced(x: Tensor) -> Tensor:
+    """x [B, T, D] itself where its tokens are evenly spaced over the whole batch, with their channels side by side."""
+    even = x.stride(2) == 1 and (x.shape[0] == 1 or x.stride(0) == x.shape[1] * x.stride(1))
+    return (
+        x if even else x.clone(memory_format=torch.contiguous_format)
+    )  # contiguous() would leave a stride of one token as it is
+
+
 def product_precision(dtype: torch.dtype) -> str:
     """float32 takes three tf32 products for one; the word concerns no other dtype."""
     return "tf32x3" if dtype == torch.float32 else "tf32"

@@ -36,12 +36,13 @@ class Layout:
     def packed(self) -> bool:
         return self.table is not None
 
-    def new_state(self, like: Tensor | None, x: Tensor, H: int, K: int, V: int) -> Tensor:
-        """A state [documents, H, K, V] to write, on the device of x; that of a document without tokens stays what it was."""
-        shape = (self.documents, H, K, V)
+    def new_state(self, like: Tensor | None, x: Tensor, *shape: int) -> Tensor:
+        """A state [documents, *shape] to write, on the device of x; that of a document without tokens stays what it was."""
         if not self.packed:
-            return x.new_empty(shape, dtype=torch.float32)
-        return x.new_zeros(shape, dtype=torch.float32) if like is None else like.clone(memory_format=torch.contiguous_format)
+            return x.new_empty(self.documents, *shape, dtype=torch.float32)
+        if like is None:
+            return x.new_zeros(self.documents, *shape, dtype=torch.float32)
+        return like.clone(memory_format=torch.contiguous_format)
 
 
 def make_layout(B: int, T: int, cu_seqlens: Tensor | None) -> Layout:

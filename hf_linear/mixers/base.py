@@ -29,7 +29,13 @@ class RecurrentMixer(nn.Module):
         return None if past_key_values is None else past_key_values.layers[self.layer_idx]
 
     @staticmethod
+    def steps(state: Tensor | None, T: int, *inputs: Tensor | None) -> bool:
+        """Whether a token moves the state on in place: one does, unless it belongs to a graph or the state does."""
+        return state is not None and T == 1 and not (state.requires_grad or needs_gradient(*inputs))
+
+    @classmethod
     def attend(
+        cls,
         op: Callable,
         q: Tensor,
         k: Tensor,
@@ -41,12 +47,9 @@ class RecurrentMixer(nn.Module):
         /,
         **states: Tensor,
     ) -> Tensor:
-        """o of `op`, from the cache's recurrent state and on to the next, which is kept together with the other `states`.
-
-        One token moves the state on in place, unless it belongs to a graph or the token does.
-        """
+        """o of `op`, from the cache's recurrent state and on to the next, which is kept together with the other `states`."""
         state = None if cache is None else cache.read("recurrent")
-        if state is not None and q.shape[1] == 1 and not (state.requires_grad or needs_gradient(q, k, v, g)):
+        if state is not None and cls.steps(state, q.shape[1], q, k, v, g):
             o, state = recurrent_step(q, k, v, g, state, scale=scale)
         else:
             o, state = op(q, k, v, g, scale=scale, initial_state=state, cu_seqlens=cu_seqlens)

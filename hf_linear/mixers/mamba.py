@@ -13,7 +13,7 @@ from hf_linear.cache import StateLayer
 from hf_linear.mixers.base import RecurrentMixer
 from hf_linear.modules.norm import RMSNorm
 from hf_linear.modules.short_conv import ShortConv
-from hf_linear.ops import selective_scan
+from hf_linear.ops import selective_scan, selective_scan_step
 from hf_linear.ops.dispatch import compute_dtype
 
 
@@ -84,18 +84,12 @@ def mix(
     dt = layer.dt_proj(dt)
     if attention_mask is not None:  # a step of size softplus(-inf) = 0 leaves the state as it is
         dt = dt.masked_fill(attention_mask[..., None] == 0, -torch.inf)
-    y, state = selective_scan(
-        x,
-        dt,
-        -layer.A_log.to(compute_dtype(layer.A_log)).exp(),
-        B,
-        C,
-        layer.D,
-        z,
-        dt_softplus=True,
-        initial_state=None if cache is None else cache.read("recurrent"),
-        cu_seqlens=cu_seqlens,
-    )
+    A = -layer.A_log.to(compute_dtype(layer.A_log)).exp()
+    inputs, state = (x, dt, A, B, C, layer.D, z), None if cache is None else cache.read("recurrent")
+    if state is not None and RecurrentMixer.steps(state, T, *inputs):
+        y, state = selective_scan_step(*inputs, state=state, dt_softplus=True)
+    else:
+        y, state = selective_scan(*inputs, initial_state=state, cu_seqlens=cu_seqlens, dt_softplus=True)
     if cache is not None:
         cache.write(T, recurrent=state, conv=conv)
     return layer.out_proj(y)

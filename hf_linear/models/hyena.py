@@ -9,8 +9,8 @@ from transformers import GenerationMixin
 
 from hf_linear.checkpoints import hyenadna
 from hf_linear.checkpoints.layout import Layout
+from hf_linear.config import LinearConfig
 from hf_linear.decoder import (
-    LinearConfig,
     LinearForCausalLM,
     LinearForSequenceClassification,
     LinearForTokenClassification,

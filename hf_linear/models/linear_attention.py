@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from transformers import GenerationMixin
 
+from hf_linear.config import LinearConfig
 from hf_linear.decoder import (
-    LinearConfig,
     LinearForCausalLM,
     LinearForSequenceClassification,
     LinearForTokenClassification,

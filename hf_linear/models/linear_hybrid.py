@@ -13,8 +13,8 @@ from hf_linear.checkpoints.granite import GraniteHybrid
 from hf_linear.checkpoints.jamba import Jamba
 from hf_linear.checkpoints.layout import Layout, layout_of_config
 from hf_linear.checkpoints.refused import check_model_type
+from hf_linear.config import LinearConfig
 from hf_linear.decoder import (
-    LinearConfig,
     LinearForCausalLM,
     LinearForSequenceClassification,
     LinearForTokenClassification,

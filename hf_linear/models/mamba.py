@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from hf_linear.decoder import LinearConfig
+from hf_linear.config import LinearConfig
 
 
 class StateSpaceConfig(LinearConfig):

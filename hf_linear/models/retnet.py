@@ -9,8 +9,8 @@ from transformers import GenerationMixin
 from hf_linear.checkpoints import fla
 from hf_linear.checkpoints.layout import Layout
 from hf_linear.checkpoints.torchscale import Syncdoth, Torchscale
+from hf_linear.config import LinearConfig
 from hf_linear.decoder import (
-    LinearConfig,
     LinearForCausalLM,
     LinearForSequenceClassification,
     LinearForTokenClassification,

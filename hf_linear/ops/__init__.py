@@ -5,8 +5,8 @@ from hf_linear.ops.linear_attention import linear_attention
 from hf_linear.ops.long_conv import long_conv
 from hf_linear.ops.long_conv_step import long_conv_ahead, long_conv_step
 from hf_linear.ops.retention import retention_chunkwise, retention_decay, retention_parallel, retention_recurrent
-from hf_linear.ops.selective_scan import selective_scan
-from hf_linear.ops.short_conv import short_conv
+from hf_linear.ops.selective_scan import selective_scan, selective_scan_step
+from hf_linear.ops.short_conv import short_conv, short_conv_step
 from hf_linear.ops.step import recurrent_step
 
 __all__ = [
@@ -21,5 +21,7 @@ __all__ = [
     "retention_parallel",
     "retention_recurrent",
     "selective_scan",
+    "selective_scan_step",
     "short_conv",
+    "short_conv_step",
 ]

@@ -39,6 +39,16 @@ def needs_gradient(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
+def check_step(op: str, T: int, *tensors: Tensor | None) -> None:
+    """A step in place takes one token and has no gradient."""
+    if T != 1:
+        raise ValueError(f"{op}_step must get one token, got T = {T}: for more take {op}")
+    if needs_gradient(*tensors):
+        raise ValueError(
+            f"{op}_step must run without a gradient, got an input that requires one: call it under torch.no_grad(), or {op}"
+        )
+
+
 def check_floating(**tensors: Tensor | None) -> None:
     """Every tensor is floating point and on the device of the first."""
     given = {name: x for name, x in tensors.items() if x is not None}

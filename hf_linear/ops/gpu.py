@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,14 +13,24 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MAX_K = 256  # two tiles of 128 channels of the state fit in a multiprocessor's registers
 CAPABILITY = (9, 0)  # nothing older has run them, and most have less shared memory than the tiles take
 HAS_TRITON = importlib.util.find_spec("triton") is not None  # without importing it
-
-
+MAX_STATES = 64  # of a channel: they are the registers of a thread
+MAX_TAPS = 8  # of a short convolution: its loops over them are written out
 MAX_CONV = {torch.bfloat16: 2**20, torch.float16: 2**20, torch.float32: 2**18}  # tokens of a row that a long convolution takes
 
 
 def chosen(backend: str, q: Tensor, v: Tensor) -> bool:
     """Whether the kernels run: where named, and by default on a GPU that has them."""
     return serves(backend, v, refusal(q, v))
+
+
+def scan_chosen(backend: str, x: Tensor, A: Tensor) -> bool:
+    """As `chosen`, for `selective_scan`."""
+    return serves(backend, x, refusal_of_dtype("x", x) or too_many("N", A.shape[1], MAX_STATES) or no_kernels(x.device))
+
+
+def short_conv_chosen(backend: str, x: Tensor, w: Tensor) -> bool:
+    """As `chosen`, for `short_conv`."""
+    return serves(backend, x, refusal_of_dtype("x", x) or too_many("W", w.shape[1], MAX_TAPS) or no_kernels(x.device))
 
 
 def long_conv_chosen(
@@ -37,8 +48,8 @@ def serves(backend: str, x: Tensor, reason: str | None) -> bool:
 
 def refusal(q: Tensor, v: Tensor) -> str | None:
     """Why the kernels do not take these inputs, as "must be ..., got ...: remedy"; None where they do."""
-    if v.dtype not in DTYPES:
-        return f'v must be bfloat16, float16 or float32, got {v.dtype}: backend="chunked" takes it'
+    if reason := refusal_of_dtype("v", v):
+        return reason
     if q.shape[-1] > MAX_K:
         return f'K must be at most {MAX_K}, got {q.shape[-1]}: use more heads, or backend="chunked"'
     return no_kernels(v.device)
@@ -58,6 +69,16 @@ def long_conv_refusal(u: Tensor, gates: list[Tensor], initial_state: Tensor | No
             'take bfloat16 or float16 up to 1048576, or backend="chunked"'
         )
     return no_kernels(u.device)
+
+
+def refusal_of_dtype(name: str, x: Tensor) -> str | None:
+    if x.dtype in DTYPES:
+        return None
+    return f'{name} must be bfloat16, float16 or float32, got {x.dtype}: backend="chunked" takes it'
+
+
+def too_many(name: str, found: int, most: int) -> str | None:
+    return None if found <= most else f'{name} must be at most {most}, got {found}: backend="chunked" takes it'
 
 
 def no_kernels(device: torch.device) -> str | None:
@@ -98,3 +119,33 @@ def long_conv(
     from hf_linear.kernels.long_conv import long_conv
 
     return long_conv(u, h.float(), None if skip is None else skip.float(), pre_gate, post_gate)
+
+
+def selective_scan(*inputs: Any) -> tuple[Tensor, Tensor]:
+    """y in x's dtype and the final state: see `hf_linear.kernels.selective_scan.selective_scan`."""
+    from hf_linear.kernels.selective_scan import selective_scan
+
+    return selective_scan(*inputs)
+
+
+def selective_scan_step(*inputs: Any) -> Tensor:
+    """y of one token, in x's dtype; the state, which comes last, is written. It has no gradient."""
+    from hf_linear.kernels.selective_scan_step import step
+
+    return step(*inputs)
+
+
+def short_conv(
+    x: Tensor, w: Tensor, b: Tensor | None, silu: bool, initial_state: Tensor | None, cu_seqlens: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """y and the final state in x's dtype."""
+    from hf_linear.kernels.short_conv import short_conv
+
+    return short_conv(x, w, b, silu, initial_state, cu_seqlens)
+
+
+def short_conv_step(x: Tensor, w: Tensor, b: Tensor | None, silu: bool, state: Tensor) -> Tensor:
+    """y of one token, in x's dtype; the state is written. It has no gradient."""
+    from hf_linear.kernels.short_conv_step import step
+
+    return step(x, w, b, silu, state)

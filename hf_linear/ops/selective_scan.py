@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hf_linear.ops import chunked_scan, reference
+from hf_linear.ops import chunked_scan, gpu, reference
 from hf_linear.ops.dispatch import (
     Backend,
     check_floating,
@@ -14,14 +16,17 @@ from hf_linear.ops.dispatch import (
     check_sequence,
     check_shape,
     check_state,
+    check_step,
     compute_dtype,
     full_precision,
+    needs_gradient,
     readable,
     run,
 )
 
 ONE_A_CHANNEL = "give one number a channel"
 NO_GROUPS = "give every channel of a row the same B and C; groups of channels are as many calls"
+STATE_LAYOUT = "[batch, D, N] (packed: [documents, D, N])"
 IMPLEMENTATIONS = {"reference": reference.selective_scan, "chunked": chunked_scan.selective_scan}
 
 
@@ -56,8 +61,9 @@ def selective_scan(
             [documents, D, N].
         cu_seqlens: [documents + 1] int32 or int64, the boundaries of documents packed in one row (batch = 1); each has its
             own state.
-        backend: "reference" token by token, "chunked" in chunks of PyTorch; "auto" is one of them, by T. A named one is used
-            or raises.
+        backend: "reference" token by token, "chunked" in chunks of PyTorch, "triton" in one walk on a GPU (bfloat16, float16 or
+            float32, N up to 64). "auto" is triton on a GPU that has the kernels; elsewhere one of the first two, by T. A named
+            one is used or raises.
 
     Returns:
         y [batch, T, D] in x's dtype, and the final state, shaped and typed as `initial_state`.
@@ -67,6 +73,69 @@ def selective_scan(
 
     Source: Gu and Dao 2023, arXiv 2312.00752, eq. 2 and algorithm 2.
     """
+    prepare(x, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, cu_seqlens)
+    if gpu.scan_chosen(backend, x, A):
+        inputs = x, dt, A, B, C, D, z, dt_bias
+        gradient = needs_gradient(*inputs, initial_state)
+        if x.shape[1] == 1 and cu_seqlens is None and not gradient:
+            state = zero_state(x, A, None) if initial_state is None else initial_state.clone()
+            return gpu.selective_scan_step(*inputs, dt_softplus, state), state
+        return gpu.selective_scan(*inputs, dt_softplus, initial_state, cu_seqlens, gradient)
+    if initial_state is None:
+        initial_state = zero_state(x, A, cu_seqlens)
+    return by_implementation(
+        IMPLEMENTATIONS, backend, x, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, cu_seqlens
+    )  # fmt: skip
+
+
+def selective_scan_step(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    *,
+    state: Tensor,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+    backend: Backend = "auto",
+) -> tuple[Tensor, Tensor]:
+    """`selective_scan` on one token, written into the state that the caller holds, without a gradient.
+
+    Args:
+        x, dt, A, B, C, D, z, dt_bias, dt_softplus: as in `selective_scan`, with T = 1.
+        state: [batch, D, N] float32 (float64 for float64 inputs), which is written.
+        backend: "reference" in PyTorch, "triton" in one launch on a GPU, "auto" for what the op chooses.
+
+    Returns:
+        y [batch, 1, D] in x's dtype, and `state` itself.
+
+    Raises:
+        ValueError: a shape, dtype, device or backend is not as above, or a gradient is wanted.
+    """
+    prepare(x, dt, A, B, C, D, z, dt_bias, dt_softplus, state, None)
+    check_step("selective_scan", x.shape[1], x, dt, A, B, C, D, z, dt_bias, state)
+    if gpu.scan_chosen(backend, x, A):
+        return gpu.selective_scan_step(x, dt, A, B, C, D, z, dt_bias, dt_softplus, state), state
+    return by_implementation({"reference": in_place}, backend, x, dt, A, B, C, D, z, dt_bias, dt_softplus, state, None)
+
+
+def prepare(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    dt_softplus: bool,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> None:
+    """Check the inputs."""
     check_floating(x=x, dt=dt, A=A, B=B, C=C, D=D, z=z, dt_bias=dt_bias, initial_state=initial_state)
     check_sequence("x", x, "[batch, T, D]", dim=1)
     batch, T, channels = x.shape
@@ -85,25 +154,51 @@ def selective_scan(
     if z is not None:
         check_shape("z", z, "[batch, T, D] as x", (batch, T, channels), ONE_A_CHANNEL + " and token")
     check_packed(cu_seqlens, x, T)
+    if initial_state is not None:
+        check_state("initial_state", initial_state, STATE_LAYOUT, state_shape(x, A, cu_seqlens), compute_dtype(x))
+    if readable(A) and A.numel() > 0 and (largest := A.max().item()) > 0:
+        raise ValueError(f"A must be <= 0, got values up to {largest:.3g}: take -A_log.exp() of a logarithm A_log")
+    if readable(dt) and dt.numel() > 0 and not dt_softplus:
+        least = (dt if dt_bias is None else dt + dt_bias).min().item()
+        if least < 0:
+            raise ValueError(f"dt must be >= 0 once its bias is added, got values down to {least:.3g}: pass dt_softplus=True")
+
+
+def state_shape(x: Tensor, A: Tensor, cu_seqlens: Tensor | None) -> tuple[int, ...]:
+    return (x.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1, *A.shape)
+
+
+def zero_state(x: Tensor, A: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    return torch.zeros(state_shape(x, A, cu_seqlens), dtype=compute_dtype(x), device=x.device)
+
+
+def by_implementation(
+    implementations: Mapping[str, Callable],
+    backend: str,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    dt_softplus: bool,
+    state: Tensor,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Run a recurrence of PyTorch on checked inputs, in the dtype to compute in, and what is around it."""
     dtype = compute_dtype(x)
-    state_shape = (batch if cu_seqlens is None else len(cu_seqlens) - 1, channels, N)
-    if initial_state is None:
-        initial_state = torch.zeros(state_shape, dtype=dtype, device=x.device)
-    check_state("initial_state", initial_state, "[batch, D, N] (packed: [documents, D, N])", state_shape, dtype)
     with full_precision(x):
         x_, dt, A, B, C = (tensor.to(dtype) for tensor in (x, dt, A, B, C))
         dt = dt if dt_bias is None else dt + dt_bias.to(dtype)
         dt = F.softplus(dt) if dt_softplus else dt
-        check_signs(A, dt)
-        y, state = run(IMPLEMENTATIONS, backend, T, x_, dt, A, B, C, initial_state, cu_seqlens)
+        y, state = run(implementations, backend, x.shape[1], x_, dt, A, B, C, state, cu_seqlens)
         y = y if D is None else y + D.to(dtype) * x_
         y = y if z is None else y * F.silu(z.to(dtype))
     return y.to(x.dtype), state
 
 
-def check_signs(A: Tensor, dt: Tensor) -> None:
-    """The decay exp(dt A) is at most 1."""
-    if readable(A) and A.numel() > 0 and (largest := A.max().item()) > 0:
-        raise ValueError(f"A must be <= 0, got values up to {largest:.3g}: take -A_log.exp() of a logarithm A_log")
-    if readable(dt) and dt.numel() > 0 and (least := dt.min().item()) < 0:
-        raise ValueError(f"dt must be >= 0 once its bias is added, got values down to {least:.3g}: pass dt_softplus=True")
+def in_place(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor, cu_seqlens: None) -> tuple[Tensor, Tensor]:
+    state.mul_((dt.mT * A).exp_()).addcmul_((dt * x).mT, B)
+    return (state @ C.mT).mT, state

@@ -53,6 +53,11 @@ def tiny(model_type: str, **options) -> type[FamilyTester]:
 class FamilyTest(CausalLMModelTest):
     """What changes for a recurrent model."""
 
+    def test_moe_parallel_plans_shard_experts(self):
+        """The base method wants experts in a plan of tensor or expert parallelism: there is no such plan, for no layer."""
+        for model_class in self.all_model_classes:
+            self.assertFalse(model_class.config_class.base_model_tp_plan or model_class.config_class.base_model_ep_plan)
+
     def states(self, config) -> dict[str, tuple[int, ...]]:
         """Shapes of a layer's states without the batch, by name: what the model's cache must hold after a call."""
         raise NotImplementedError
@@ -187,6 +192,7 @@ class LeftPaddedTester(
 
     def prepare_config_and_inputs(self):
         config, input_ids, token_type_ids, mask, *labels = super().prepare_config_and_inputs()
+        input_ids[input_ids == config.pad_token_id] += 1  # drawn among the others, it would be padding inside a sequence
         return config, input_ids, token_type_ids, mask.flip(-1), *labels
 
 
