@@ -179,6 +179,6 @@ def test_what_is_no_checkpoint_of_the_layout(tmp_path):
     (folder / "config.json").unlink()
     with pytest.raises(ValueError, match="name the config by --config"):
         gla_script.main(arguments)
-    with pytest.raises(FileNotFoundError, match="--checkpoint must be a file, a folder or a name on the Hub, got .*absent"):
+    with pytest.raises(FileNotFoundError, match=r"--checkpoint must be a file, a folder or a name on the Hub, got .*absent"):
         gla_script.main(["--checkpoint", str(tmp_path / "absent"), *arguments[2:]])
     assert not (tmp_path / "ours").exists()

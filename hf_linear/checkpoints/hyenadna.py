@@ -115,7 +115,7 @@ def repository_fields(theirs: Mapping[str, Any]) -> dict[str, Any]:
     """Ours for the config.json of an -hf repository; its other fields (`id2label`, ...) are Transformers' own and are kept."""
     ours, rest = REPOSITORY.read(theirs)
     defaults = {"filter_shift": 0.05, "train_filter_positions": False, "tie_word_embeddings": False, **DNA_TOKENS}
-    return completed(REPOSITORY, theirs, 8, "max_seq_len", {**defaults, **rest, **ours, "model_type": "hyena"})
+    return completed(REPOSITORY, {**defaults, **rest, **ours, "model_type": "hyena"}, theirs.get("pad_vocab_size_multiple", 8))
 
 
 def original_fields(theirs: Mapping[str, Any], **defaults: Any) -> dict[str, Any]:
@@ -126,19 +126,18 @@ def original_fields(theirs: Mapping[str, Any], **defaults: Any) -> dict[str, Any
         raise ValueError(f"a config of {ORIGINAL.of} must have known fields, got {sorted(rest)}: take out what has no effect")
     known = {"filter_emb_dim": 3, "activation_freq": 1, "filter_order": 64, "tie_word_embeddings": True}
     known["train_filter_positions"] = theirs.get("lr_pos_emb", 1e-5) != 0
-    return completed(ORIGINAL, theirs, 1, "l_max", {**known, **defaults, **ours})
+    return completed(ORIGINAL, {**known, **defaults, **ours}, theirs.get("pad_vocab_size_multiple", 1))
 
 
-def completed(fields: Fields, theirs: Mapping[str, Any], multiple: int, length: str, ours: dict[str, Any]) -> dict[str, Any]:
-    """With what follows from other fields, or is a default of both; `multiple` is that of a padded vocabulary."""
-    for name in ("d_model", "n_layer", "vocab_size", length):
-        if name not in theirs:
-            raise ValueError(f"a config of {fields.of} must have {name}, got {sorted(theirs)}: is it another model's?")
+def completed(fields: Fields, ours: dict[str, Any], vocab_multiple: int) -> dict[str, Any]:
+    """With the defaults that both have, and what follows from other fields."""
+    for name, field in fields.names.items():
+        if field in ("hidden_size", "num_hidden_layers", "vocab_size", "max_position_embeddings") and field not in ours:
+            raise ValueError(f"a config of {fields.of} must have {name}, got none: is it another model's?")
     ours = {"short_filter_order": 3, "num_inner_mlps": 2} | ours
     if ours.get("intermediate_size") is None:
         ours["intermediate_size"] = 4 * ours["hidden_size"]
-    multiple = theirs.get("pad_vocab_size_multiple", multiple)
-    ours["vocab_size"] = -(-ours["vocab_size"] // multiple) * multiple  # the embedding has rows that no token uses
+    ours["vocab_size"] = -(-ours["vocab_size"] // vocab_multiple) * vocab_multiple  # the embedding has rows that no token uses
     return ours
 
 
@@ -182,7 +181,7 @@ class Original(Layout):
             f"^{self.prefix}backbone.ln_f.": "model.norm.",
             ".norm1.": ".mixer_norm.",
             ".norm2.": ".mlp_norm.",
-            ".mixer.(?:layer.|)": ".mixer.",
+            ".mixer.(?:layer.|)": ".mixer.",  # read with `layer.` or without, written without
             ".mlp.(?:layer.|)": ".mlp.",
             f"{theirs}bias": f"{ours}skip",
             **{f"{theirs}implicit_filter.{2 * i}.": f"{ours}layers.{i}." for i in range(last)},

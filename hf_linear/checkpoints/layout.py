@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +107,8 @@ def check_derived(
 
 
 def shown(x: Tensor) -> str:
-    return f"{list(x.shape)} from {x.flatten()[0].item():g} to {x.flatten()[-1].item():g}"
+    ends = x.flatten()[[0, -1]].tolist() if x.numel() else []
+    return f"{list(x.shape)} from {' to '.join(f'{end:g}' for end in ends)}"
 
 
 def read_keys(state_dict: Mapping[str, Tensor] | None, files: list[str] | None) -> Collection[str]:
@@ -122,47 +123,52 @@ def check_loaded(
     keys: Collection[str],
     info: LoadStateDictInfo,
 ) -> None:
-    """Whatever Transformers found wrong is an error, where it would draw weights anew with a warning, or take one of two.
+    """Whatever Transformers found wrong is an error, where it would draw weights anew with a warning, or take one of two."""
+    info.unexpected_keys -= layout.derived(model.config).keys()
+    found = list(problems(transforms, model, keys, info))
+    if found:
+        more = f" (and {len(found) - 5} more)" if len(found) > 5 else ""
+        raise ValueError(
+            f"a checkpoint must fit its config.json, got: {'; '.join(found[:5])}{more}. It was read as {layout.title}: does "
+            "the config belong to it?"
+        )
+
+
+def problems(
+    transforms: list[WeightTransform], model: PreTrainedModel, keys: Collection[str], info: LoadStateDictInfo
+) -> Iterator[str]:
+    """What does not fit, under the checkpoint's own keys.
 
     Heads are looser: a new `score` may be missing or of another shape, and so may a tied `lm_head`; a head that the model has
     no place for is left out.
     """
-    drawn = ("score.", "lm_head.") if model.config.tie_word_embeddings else ("score.",)
     shapes = {key: list(x.shape) for key, x in model.state_dict().items()}
     back = [transform.reverse_transform() for transform in reversed(transforms)]
-    origins = defaultdict(list)
-    for key in sorted(keys):
-        name, pattern = rename(key, transforms)
-        if pattern is None:  # what a converter takes together comes from several
-            origins[name].append(key)
 
     def theirs(key: str) -> str:
         return repr(rename(key, back, reverse=True)[0])
 
+    for key, error in sorted(info.conversion_errors.items()):
+        yield f"{theirs(key)} could not be converted: {reason(error)}"
+    origins = defaultdict(list)
+    for key in sorted(keys):
+        name, pattern = rename(key, transforms)
+        if pattern is None:  # what a converter takes together comes from several
+            origins[name].append(repr(key))
+    yield from (f"{' and '.join(several)} are one tensor here" for several in origins.values() if len(several) > 1)
+
+    drawn = ("score.", "lm_head.") if model.config.tie_word_embeddings else ("score.",)
     unconverted = {theirs(key) for key in info.conversion_errors}
-    problems = [
-        f"{theirs(key)} could not be converted: {reason(error)}" for key, error in sorted(info.conversion_errors.items())
-    ]
-    problems += [f"{' and '.join(map(repr, several))} are one tensor here" for several in origins.values() if len(several) > 1]
-    problems += [
-        f"missing key {theirs(key)}, wanted with the shape {shapes[key]}"
-        for key in sorted(info.missing_keys)
-        if not key.startswith(drawn) and theirs(key) not in unconverted
-    ]
-    problems += [
-        f"{theirs(key)} must have the shape {list(wanted)}, got {list(found)}"
-        for key, found, wanted in sorted(info.mismatched_keys)
-        if not key.startswith("score.")
-    ]
-    info.unexpected_keys -= layout.derived(model.config).keys()
+    for key in sorted(info.missing_keys):
+        if not key.startswith(drawn) and theirs(key) not in unconverted:
+            yield f"missing key {theirs(key)}, wanted with the shape {shapes[key]}"
+    for key, got, wanted in sorted(info.mismatched_keys):
+        if not key.startswith("score."):
+            yield f"{theirs(key)} must have the shape {list(wanted)}, got {list(got)}"
     other_heads = tuple(head for head in HEADS if not any(key.startswith(head) for key in shapes))
-    problems += [f"unexpected key {theirs(key)}" for key in sorted(info.unexpected_keys) if not key.startswith(other_heads)]
-    if problems:
-        more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
-        raise ValueError(
-            f"a checkpoint must fit its config.json, got: {'; '.join(problems[:5])}{more}. It was read as {layout.title}: does "
-            "the config belong to it?"
-        )
+    for key in sorted(info.unexpected_keys):
+        if not key.startswith(other_heads):
+            yield f"unexpected key {theirs(key)}"
 
 
 def reason(error: str) -> str:
