@@ -232,6 +232,7 @@ def test_converts_hyenadna(name, tmp_path, capsys):
     assert model.config.tie_word_embeddings and model.config.filter_shift == 0.05 and not model.config.train_filter_positions
     tokens = AutoTokenizer.from_pretrained(tmp_path / "ours")("ACGT", return_tensors="pt")
     assert tokens["input_ids"].tolist() == [[7, 8, 9, 10, 1]]
+    assert model.generation_config.eos_token_id == 1
 
 
 def test_script_there_and_back(tmp_path, capsys):
@@ -242,6 +243,7 @@ def test_script_there_and_back(tmp_path, capsys):
         hyenadna_script.main(arguments)
         assert "verified: 52 tensors as read" in capsys.readouterr().out
         assert AutoTokenizer.from_pretrained(tmp_path / target)("ACGT")["input_ids"] == [7, 8, 9, 10, 1]
+        assert AutoModelForCausalLM.from_pretrained(tmp_path / target).generation_config.eos_token_id == 1
     assert weights_of(tmp_path / "back").keys() == weights.keys()
     assert close(AutoModelForCausalLM.from_pretrained(tmp_path / "ours")(ids).logits, expected)
 
