@@ -8,6 +8,7 @@ import pytest
 import torch
 from checkpoint_files import change, same, weights_of
 from families import TINY
+from safetensors.torch import save_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, Trainer, TrainingArguments
 
 from hf_linear import GLAConfig, GLAForCausalLM
@@ -121,3 +122,14 @@ def test_what_does_not_fit_is_an_error(key, x, message, theirs):
     with pytest.raises(ValueError, match=re.escape(message.format(repr(key)))) as error:
         AutoModelForCausalLM.from_pretrained(theirs)
     assert "read as flash-linear-attention's" in str(error.value)
+
+
+@pytest.mark.parametrize("head", [AutoModelForCausalLM, AutoModelForSequenceClassification, AutoModel])
+def test_a_layout_that_nobody_knows(head, ours, tmp_path):
+    ours.save_pretrained(tmp_path)
+    weights = {f"transformer.{key}": x for key, x in weights_of(tmp_path).items()}
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(
+        ValueError, match=r"known layout, one of hf_linear's own .*; got \['transformer\..*: is it another model's"
+    ):
+        head.from_pretrained(tmp_path)

@@ -134,6 +134,16 @@ def check_loaded(
         )
 
 
+def check_known(layouts: Collection[Layout], keys: Collection[str], info: LoadStateDictInfo) -> None:
+    """A checkpoint of which nothing has a place is in a layout that nobody knows; Transformers would draw the whole model."""
+    if keys and len(info.unexpected_keys) == len(keys):
+        known = ["hf_linear's own (model.layers.0.mixer...)", *(layout.title for layout in layouts)]
+        raise ValueError(
+            f"a checkpoint must be in a known layout, one of {'; '.join(known)}; got {sorted(keys)[:3]}...: is it another "
+            "model's?"
+        )
+
+
 def problems(
     transforms: list[WeightTransform], model: PreTrainedModel, keys: Collection[str], info: LoadStateDictInfo
 ) -> Iterator[str]:
