@@ -122,6 +122,14 @@ class LinearConfig(PreTrainedConfig):
         self.check_rope()
 
     @classmethod
+    def get_config_dict(cls, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        """As everywhere; a foreign layout of this family is read here already, or Transformers would warn of its model type."""
+        fields, rest = super().get_config_dict(*args, **kwargs)
+        layout = layout_of_config(cls.layouts, fields)
+        ours = layout.read_config(fields) if layout else fields
+        return ours if ours.get("model_type", cls.model_type) == cls.model_type else fields, rest
+
+    @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> LinearConfig:
         """As everywhere; a config.json in a foreign layout gives the config of the family that it is here."""
         layout = layout_of_config(cls.layouts, config_dict)

@@ -119,13 +119,6 @@ class LinearHybridConfig(LinearConfig):
         return super().from_preset(name, **overrides)
 
     @classmethod
-    def get_config_dict(cls, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-        """As everywhere, and read here already where it is another layout's: Transformers warns of its model type."""
-        fields, rest = super().get_config_dict(*args, **kwargs)
-        layout = layout_of_config(cls.layouts, fields)
-        return layout.read_config(fields) if layout else fields, rest
-
-    @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> LinearConfig:
         if layout_of_config(cls.layouts, config_dict) is None:
             check_model_type(config_dict, cls.model_type)
