@@ -1,25 +1,27 @@
-"""GLA and RetNet of flash-linear-attention (fla) written as ours, or ours written as fla's.
+"""GLA, RetNet and their hybrids of flash-linear-attention (fla) in our own layout, and back.
 
-    python -m conversion.fla --checkpoint fla-hub/gla-1.3B-100B --output gla-1.3b --verify
-    python -m conversion.fla --checkpoint my-gla --output my-gla-for-fla --to fla --verify
+    python -m conversion.fla --checkpoint fla-hub/gla-1.3B-100B --output my-gla --verify
+    python -m conversion.fla --checkpoint my-gla --output my-gla-back --verify --to fla
 
-Reading needs no conversion: from_pretrained opens what fla wrote. `--checkpoint` is a folder, or a name on the Hub.
+Reading needs no conversion: from_pretrained opens what fla wrote.
 """
 
 import json
 from pathlib import Path
 
 import torch
-from huggingface_hub import snapshot_download
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import hf_linear  # noqa: F401  (registers the families)
-from conversion import output
+from conversion import output, source
+from hf_linear.checkpoints.fla import LAYOUTS
 
 
 @torch.no_grad()
 def beside_fla(folder: Path, model: PreTrainedModel) -> str:
     """The largest difference of logits between fla's own model of a folder in its layout, and ours; both go to float32."""
+    if not folder.is_dir():
+        return "not compared with fla's own model: it opens folders alone"
     if not torch.cuda.is_available():
         return "not compared with fla's own model: it runs on a GPU alone, and there is none"
     try:
@@ -36,18 +38,13 @@ def beside_fla(folder: Path, model: PreTrainedModel) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = output.argument_parser(__doc__)
-    parser.add_argument("--to", choices=["ours", "fla"], default="ours", help="the layout to write")
-    arguments = parser.parse_args(argv)
-    output.check_absent(arguments.output)
-    source = arguments.checkpoint if arguments.checkpoint.is_dir() else Path(snapshot_download(str(arguments.checkpoint)))
-    model = AutoModelForCausalLM.from_pretrained(source)
+    arguments = output.parse(output.argument_parser(__doc__, *LAYOUTS), argv)
+    model = source.read(arguments, AutoModelForCausalLM, *LAYOUTS)
 
     def compare(written: Path) -> str:
-        return beside_fla(source if arguments.to == "ours" else written, model)
+        return beside_fla(arguments.checkpoint if arguments.to == "ours" else written, model)
 
-    layout = None if arguments.to == "ours" else arguments.to
-    output.write(model, source, arguments.output, arguments.verify, layout, compare)
+    output.write(model, arguments, compare=compare)
 
 
 if __name__ == "__main__":

@@ -1,57 +1,54 @@
-"""HyenaDNA's original weights, `weights.ckpt` with its `config.json`, as a `hyena` model with a fast tokenizer.
+"""HyenaDNA, `weights.ckpt` with its `config.json` or an -hf repository, as a `hyena` model in our own layout, and back.
 
-    python -m conversion.hyenadna --checkpoint weights.ckpt --config config.json --output my-hyenadna --verify
+    python -m conversion.hyenadna --checkpoint weights.ckpt --output my-hyenadna --verify
+    python -m conversion.hyenadna --checkpoint my-hyenadna --output my-hyenadna-back --verify --to hyenadna
 
-The -hf repositories need no conversion: from_pretrained opens them.
+Reading an -hf repository needs no conversion: from_pretrained opens it. What is written back is one.
 """
 
-import argparse
 import json
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
-from conversion import output
+from conversion import output, source
 from conversion.pickles import read_state_dict
 from hf_linear import HyenaConfig, HyenaForCausalLM
 from hf_linear.checkpoints import hyenadna
 
-
-def convert(theirs: dict[str, Tensor], fields: dict[str, Any], **defaults: Any) -> HyenaForCausalLM:
-    """Our model of their weights and config; `defaults` are fields of ours that their config leaves open."""
-    config = HyenaConfig(**hyenadna.config_fields(fields, **defaults))
-    with torch.device("meta"):
-        wanted = HyenaForCausalLM(config).state_dict()
-    ours = hyenadna.convert_weights(theirs, config, wanted)
-    embedding = ours["model.embed_tokens.weight"]
-    config.tie_word_embeddings = torch.equal(ours.get("lm_head.weight", embedding), embedding)
-    return HyenaForCausalLM.from_pretrained(None, config=config, state_dict=ours, dtype=embedding.dtype)
+LAYOUT = hyenadna.HyenaDNA()
 
 
-def run(
-    arguments: argparse.Namespace, fields: dict[str, Any], tokenizer: PreTrainedTokenizerBase | None, **defaults: Any
-) -> None:
-    output.check_absent(arguments.output)
-    model = convert(read_state_dict(arguments.checkpoint), fields, **defaults)
-    output.write(model, tokenizer, arguments.output, arguments.verify)
+def convert(weights: dict[str, Tensor], fields: dict[str, Any], **defaults: Any) -> PreTrainedModel:
+    """Our model of an original's weights and config; `defaults` are fields of ours that their config leaves open."""
+    config = HyenaConfig(**hyenadna.original_fields(fields, **defaults))
+    embedding, head = (
+        next((x for key, x in weights.items() if key.endswith(name)), None)
+        for name in (".word_embeddings.weight", "lm_head.weight")
+    )
+    config.tie_word_embeddings = head is None or embedding is None or torch.equal(head, embedding)
+    return source.of_weights(HyenaForCausalLM, weights, config, hyenadna.ORIGINAL.of)
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = output.argument_parser(__doc__)
-    parser.add_argument("--config", type=Path, required=True, help="the config.json beside the weights")
+    parser = output.argument_parser(__doc__, LAYOUT)
     parser.add_argument(
         "--filter-shift",
         type=float,
         default=0.05,
-        help="the config does not tell: 0.05 in HyenaDNA's code for inference and its -hf repositories, 0 in training",
+        help="weights.ckpt does not tell: 0.05 in HyenaDNA's code for inference and its -hf repositories, 0 in training",
     )
-    arguments = parser.parse_args(argv)
-    fields = json.loads(arguments.config.read_text())
-    tokenizer = hyenadna.dna_tokenizer(hyenadna.config_fields(fields)["max_position_embeddings"])
-    run(arguments, fields, tokenizer, filter_shift=arguments.filter_shift, **hyenadna.DNA_TOKENS)
+    arguments = output.parse(parser, argv)
+    if arguments.checkpoint.is_dir():
+        model = source.read(arguments, AutoModelForCausalLM, LAYOUT)
+        model.generation_config = GenerationConfig.from_model_config(model.config)  # their files name no end of a text
+    else:
+        fields = json.loads(source.config_path(arguments).read_text())
+        options = {"filter_shift": arguments.filter_shift, **hyenadna.DNA_TOKENS}
+        model = convert(read_state_dict(arguments.checkpoint), fields, **options)
+    output.write(model, arguments, hyenadna.dna_tokenizer(model.config.max_position_embeddings))
 
 
 if __name__ == "__main__":

@@ -7,61 +7,83 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_linear.checkpoints import layout as layouts
+from hf_linear.checkpoints.layout import Layout, save
 
 # What a tokenizer of Transformers is saved as, of whatever kind.
 TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*")
 SHARD_SIZE = "1GB"  # the progress bar moves a shard at a time
 
 
-def argument_parser(description: str | None) -> argparse.ArgumentParser:
+def argument_parser(description: str | None, *layouts: Layout) -> argparse.ArgumentParser:
+    """What every script takes; `layouts` are those that it writes beside ours."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", type=Path, required=True, help="the original's weights")
+    parser.add_argument("--checkpoint", type=Path, required=True, help="a folder, a file of weights, or a name on the Hub")
     parser.add_argument("--output", type=Path, required=True, help="a folder to be made")
     parser.add_argument("--verify", action="store_true", help="open the output and compare it with what was read")
+    parser.set_defaults(to="ours")
+    if layouts:
+        parser.add_argument("--to", choices=["ours", *(layout.name for layout in layouts)], help="the layout to write")
+    parser.add_argument("--config", type=Path, help="the original's config, where it is not found with the weights")
+    parser.add_argument("--tokenizer", help="a folder or a name on the Hub; that of the checkpoint's folder if left out")
     return parser
 
 
-def check_absent(output: Path) -> None:
-    if output.exists():
-        raise FileExistsError(f"--output must not exist yet, got {output}: take another name, or remove it")
+def local(checkpoint: Path) -> Path:
+    """A file or a folder as it is; anything else is a name on the Hub."""
+    if checkpoint.exists():
+        return checkpoint
+    try:
+        return Path(snapshot_download(str(checkpoint)))
+    except (HFValidationError, RepositoryNotFoundError) as error:
+        raise FileNotFoundError(f"--checkpoint must be a file, a folder or a name on the Hub, got {checkpoint}") from error
+
+
+def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
+    """The arguments, once the output is found absent and the checkpoint is on this machine."""
+    arguments = parser.parse_args(argv)
+    if arguments.output.exists():
+        raise FileExistsError(f"--output must not exist yet, got {arguments.output}: take another name, or remove it")
+    arguments.checkpoint = local(arguments.checkpoint)
+    return arguments
 
 
 def write(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase | Path | None,
-    output: Path,
-    verify: bool,
-    layout: str | None = None,
+    arguments: argparse.Namespace,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     compare: Callable[[Path], str] | None = None,
 ) -> None:
-    """Write to a folder beside `output` and rename it at the end, so that an interrupted conversion leaves no half of one.
+    """Write to a folder beside `--output` and rename it at the end, so that an interrupted conversion leaves no half of one.
 
     Args:
-        tokenizer: it, or a folder whose files of it are copied as they are, or None for none.
-        layout: another library's name, to write as it does; None for our own.
+        tokenizer: what goes along where `--tokenizer` names none; None for the files that lie in the checkpoint's folder.
         compare: what else there is to say of a folder that is being verified.
     """
+    output, layout = arguments.output, arguments.to
+    if arguments.tokenizer:
+        tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer)
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as scratch:
         folder = Path(scratch) / output.name
-        if layout is None:
+        if layout == "ours":
             model.save_pretrained(folder, max_shard_size=SHARD_SIZE)
         else:
-            layouts.save(model, folder, layout, max_shard_size=SHARD_SIZE)
-        if isinstance(tokenizer, Path):
-            for path in (path for pattern in TOKENIZER_FILES for path in tokenizer.glob(pattern)):
-                shutil.copy(path, folder)
-        elif tokenizer is not None:
+            save(model, folder, layout, max_shard_size=SHARD_SIZE)
+        if tokenizer is not None:
             tokenizer.save_pretrained(folder)
-        if verify:
-            print(proof(folder, model, tokenizer if isinstance(tokenizer, PreTrainedTokenizerBase) else None))
+        elif arguments.checkpoint.is_dir():
+            for path in (path for pattern in TOKENIZER_FILES for path in arguments.checkpoint.glob(pattern)):
+                shutil.copy(path, folder)
+        if arguments.verify:
+            print(proof(folder, model, tokenizer))
             if compare is not None:
                 print(compare(folder))
         folder.rename(output)
-    opens = f"AutoModelForCausalLM.from_pretrained({str(output)!r})" if layout is None else f"{layout}, as hf_linear does,"
+    opens = f"AutoModelForCausalLM.from_pretrained({str(output)!r})" if layout == "ours" else f"{layout}, as hf_linear does,"
     print(f"wrote {output}: {opens} opens it")
 
 

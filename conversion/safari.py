@@ -1,6 +1,8 @@
-"""safari's Hyena, such as the 153M model of the Pile (`hyena_small_150b_tok.ckpt`), as a `hyena` model.
+"""safari's Hyena, such as the 153M model of the Pile (`hyena_small_150b_tok.ckpt`), as a `hyena` model in our own layout.
 
-python -m conversion.safari --checkpoint hyena_small_150b_tok.ckpt --output hyena-153m --verify
+    python -m conversion.safari --checkpoint hyena_small_150b_tok.ckpt --output my-hyena --verify
+
+The config is JSON or one of safari's YAML files, the Pile model's if left out. So is the tokenizer, GPT-2's; "none" takes none.
 """
 
 import json
@@ -9,8 +11,9 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from conversion.hyenadna import run
-from conversion.output import argument_parser
+from conversion import output
+from conversion.hyenadna import convert
+from conversion.pickles import read_state_dict
 
 # The model of configs/evals/hyena_small_150b.yaml, by which safari measures the published weights. It has no window on the
 # filters, though configs/experiment/pile/hyena.yaml trains with one.
@@ -35,14 +38,16 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argument_parser(__doc__)
-    parser.add_argument("--config", type=Path, help="JSON, or one of safari's YAML files; the Pile model's if left out")
-    parser.add_argument("--tokenizer", default="gpt2", help="a folder or a name on the Hub; 'none' for none")
-    arguments = parser.parse_args(argv)
+    parser = output.argument_parser(__doc__)
+    parser.set_defaults(tokenizer="gpt2")
+    arguments = output.parse(parser, argv)
     fields = PILE if arguments.config is None else read_config(arguments.config)
-    tokenizer = None if arguments.tokenizer == "none" else AutoTokenizer.from_pretrained(arguments.tokenizer)
+    if arguments.tokenizer == "none":
+        arguments.tokenizer = None
+    tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer) if arguments.tokenizer else None
     tokens = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id", None) for name in ("bos", "eos", "pad")}
-    run(arguments, fields, tokenizer, filter_shift=0.0, **tokens)
+    model = convert(read_state_dict(arguments.checkpoint), fields, filter_shift=0.0, **tokens)
+    output.write(model, arguments)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""torchscale's RetNet, a checkpoint of fairseq or a state dict beside its arguments, as a `retnet` model.
+"""torchscale's RetNet, a checkpoint of fairseq or a state dict, as a `retnet` model in our own layout, and back.
 
-    python -m conversion.torchscale --checkpoint checkpoint_best.pt --output my-retnet --tokenizer FOLDER --verify
-    python -m conversion.torchscale --checkpoint weights.pt --args args.json --output my-retnet --verify
-    python -m conversion.torchscale --checkpoint my-retnet --output for-torchscale --to torchscale --verify
+    python -m conversion.torchscale --checkpoint checkpoint_best.pt --output my-retnet --verify --tokenizer FOLDER
+    python -m conversion.torchscale --checkpoint weights.pt --output my-retnet --verify --config arguments.json
+    python -m conversion.torchscale --checkpoint my-retnet --output my-retnet-back --verify --to torchscale
 
-args.json holds keyword arguments of torchscale's RetNetConfig. What it leaves out has that class's defaults. A file of fairseq
-holds its arguments itself.
+arguments.json holds keyword arguments of torchscale's RetNetConfig. What it leaves out has that class's defaults. A file of
+fairseq holds its arguments itself.
 """
 
 import argparse
@@ -17,10 +17,9 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoTokenizer
+from transformers import PreTrainedModel
 
-from conversion import output
-from conversion.folder import whole
+from conversion import output, source
 from conversion.pickles import is_state_dict, read_checkpoint, show
 from hf_linear import RetNetConfig, RetNetForCausalLM
 from hf_linear.checkpoints.torchscale import Torchscale
@@ -40,7 +39,7 @@ def read(path: Path, arguments: Path | None) -> tuple[dict[str, Tensor], dict[st
         fields = json.loads(arguments.read_text())
     if fields is None:
         raise ValueError(
-            f"--args must be given for {path}, which is no checkpoint of fairseq: a JSON of RetNetConfig's arguments"
+            f"--config must be given for {path}, which is no checkpoint of fairseq: a JSON of RetNetConfig's arguments"
         )
     if not is_state_dict(weights):
         raise ValueError(f"{path} must hold a state dict, its own or under 'model' or 'state_dict', got {show(checkpoint)}")
@@ -66,15 +65,14 @@ def fairseq_arguments(checkpoint: Mapping[str, Any]) -> dict[str, Any] | None:
     return fields
 
 
-def convert(weights: dict[str, Tensor], fields: Mapping[str, Any], **tokens: int | None) -> RetNetForCausalLM:
+def convert(weights: dict[str, Tensor], fields: Mapping[str, Any], **tokens: int | None) -> PreTrainedModel:
     """Our model of their state dict and arguments."""
     config = RetNetConfig(**{**LAYOUT.read_config(fields), **tokens})
-    dtype = weights["embed_tokens.weight"].dtype
-    return RetNetForCausalLM.from_pretrained(None, config=config, state_dict=weights, dtype=dtype)
+    return source.of_weights(RetNetForCausalLM, weights, config, LAYOUT.title)
 
 
 @torch.no_grad()
-def beside_torchscale(weights: Mapping[str, Tensor], fields: Mapping[str, Any], model: RetNetForCausalLM) -> str:
+def beside_torchscale(weights: Mapping[str, Tensor], fields: Mapping[str, Any], model: PreTrainedModel) -> str:
     """The largest difference of logits between torchscale's own model in its recurrent form, and ours; both go to float32."""
     try:
         from torchscale.architecture.config import RetNetConfig as Arguments
@@ -95,28 +93,22 @@ def beside_torchscale(weights: Mapping[str, Tensor], fields: Mapping[str, Any], 
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = output.argument_parser(__doc__)
-    parser.add_argument("--to", choices=["ours", "torchscale"], default="ours", help="the layout to write")
-    parser.add_argument("--args", type=Path, help="JSON, where the checkpoint does not hold them")
-    parser.add_argument("--tokenizer", help="a folder or a name on the Hub, copied along; none if left out")
-    arguments = parser.parse_args(argv)
-    output.check_absent(arguments.output)
+    arguments = output.parse(output.argument_parser(__doc__, LAYOUT), argv)
     if arguments.to == "ours":
-        weights, fields, tokens = read(arguments.checkpoint, arguments.args)
-        model, layout = convert(dict(weights), fields, **tokens), None
+        weights, fields, tokens = read(arguments.checkpoint, arguments.config)
+        model = convert(weights, fields, **tokens)
         angle = weights.get("retnet_rel_pos.angle")
         if angle is not None and angle.dtype.itemsize < 4:
             print(f"its rotary angles are rounded to {angle.dtype}, ours are not: docs/checkpoints.md says what that makes")
     else:
-        model, layout = whole(RetNetForCausalLM, arguments.checkpoint, "a model of ours"), LAYOUT.name
+        model = source.read(arguments, RetNetForCausalLM, LAYOUT)
 
     def compare(written: Path) -> str:
         if arguments.to == "ours":
             return beside_torchscale(weights, fields, model)
         return beside_torchscale(*read(written / "model.safetensors", written / "config.json")[:2], model)
 
-    tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer) if arguments.tokenizer else None
-    output.write(model, tokenizer, arguments.output, arguments.verify, layout, compare)
+    output.write(model, arguments, compare=compare)
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from hf_linear.cache import CACHE_NAME, prepare_cache, takes_cache_by_either_name
 from hf_linear.checkpoints.layout import (
     check_derived,
+    check_known,
     check_loaded,
     layout_of_weights,
     read_keys,
@@ -140,13 +141,15 @@ class LinearPreTrainedModel(PreTrainedModel):
         **kwargs: Any,
     ) -> Any:
         """As everywhere; a checkpoint in a layout of `config.layouts` by that layout's table, and then without exceptions."""
-        keys = read_keys(state_dict, checkpoint_files) if model.config.layouts else []
+        keys = read_keys(state_dict, checkpoint_files)
         layout = layout_of_weights(model.config.layouts, keys)
         transforms = layout.transforms(model.config) if layout else []
         load_config = dataclasses.replace(load_config, weight_mapping=[*(load_config.weight_mapping or []), *transforms])
         loaded = PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs)
-        if layout:
-            check_derived(layout, model.config, state_dict, checkpoint_files)
+        if layout is None:
+            check_known(model.config.layouts, keys, loaded[0])
+        else:
+            check_derived(layout, model.config, keys, state_dict, checkpoint_files)
             check_loaded(layout, transforms, model, keys, loaded[0])
             # Transformers would save by the table that it loaded by: we save our own layout.
             model._weight_conversions = [used for used in model._weight_conversions if used not in transforms]

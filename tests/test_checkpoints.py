@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from checkpoint_files import GOLDEN, golden, same, weights_of, write_repository
 from torch import Tensor
 from transformers import (
     AutoConfig,
@@ -24,26 +23,16 @@ from conversion import hyenadna as hyenadna_script
 from conversion import safari as safari_script
 from hf_linear import HyenaConfig, HyenaForCausalLM
 from hf_linear.checkpoints import hyenadna
+from hf_linear.checkpoints.layout import save
 
-GOLDEN = Path(__file__).parent / "golden"
 # Logits of order 1 after two layers in float32: two implementations that both are right differ by about 1e-6.
 TOLERANCE = 1e-5
 
 
-def golden(name: str) -> tuple[dict, dict[str, Tensor], Tensor, Tensor]:
+def hyena(name: str) -> tuple[dict, dict[str, Tensor], Tensor, Tensor]:
     """The config, weights, ids and logits of one layout."""
-    with safe_open(GOLDEN / f"hyena-{name}.safetensors", "pt") as file:
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (it is no dict)
-        config = json.loads(file.metadata()["config"])
-    weights = {key.removeprefix("weights."): x for key, x in tensors.items() if key.startswith("weights.")}
-    return config, weights, tensors["ids"], tensors["logits"]
-
-
-def write_repository(folder: Path, config: dict, weights: dict[str, Tensor]) -> Path:
-    folder.mkdir(exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(config))
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    return folder
+    config, weights, made = golden(f"hyena-{name}")
+    return config, weights, made["ids"], made["logits"]
 
 
 def close(a: Tensor, b: Tensor) -> bool:
@@ -52,7 +41,7 @@ def close(a: Tensor, b: Tensor) -> bool:
 
 @pytest.mark.parametrize("name", ["hf", "hf-buffer"])
 def test_opens_as_it_is(name, tmp_path):
-    config, weights, ids, expected = golden(name)
+    config, weights, ids, expected = hyena(name)
     repository = write_repository(tmp_path / "theirs", config, weights)
     model, problems = AutoModelForCausalLM.from_pretrained(repository, output_loading_info=True)
     assert type(model) is HyenaForCausalLM and type(model.config) is HyenaConfig
@@ -65,13 +54,13 @@ def test_opens_as_it_is(name, tmp_path):
     model.save_pretrained(tmp_path / "ours")
     saved = json.loads((tmp_path / "ours" / "config.json").read_text())
     assert saved["model_type"] == "hyena" and not {"d_model", "auto_map"} & set(saved)
-    assert set(load_file(tmp_path / "ours" / "model.safetensors")) == set(model.state_dict())
+    assert same(weights_of(tmp_path / "ours"), model.state_dict())
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
-    assert all(torch.equal(again.state_dict()[key], x) for key, x in model.state_dict().items())
+    assert same(again.state_dict(), model.state_dict())
 
 
 def test_classifier_opens_with_its_head(tmp_path):
-    config, weights, ids, expected = golden("hf-score")
+    config, weights, ids, expected = hyena("hf-score")
     repository = write_repository(tmp_path, config, weights)
     model, problems = AutoModelForSequenceClassification.from_pretrained(repository, output_loading_info=True)
     assert not any(problems.values())
@@ -86,14 +75,14 @@ def test_classifier_opens_with_its_head(tmp_path):
     [(AutoModelForSequenceClassification, {"score.weight"}), (AutoModelForTokenClassification, {"score.weight", "score.bias"})],
 )
 def test_a_new_head_on_a_language_model_is_reported(auto_class, missing, tmp_path):
-    config, weights, _, _ = golden("hf")
+    config, weights, _, _ = hyena("hf")
     repository = write_repository(tmp_path, config, weights)
     _, problems = auto_class.from_pretrained(repository, output_loading_info=True)
     assert problems["missing_keys"] == missing and problems["unexpected_keys"] == {"lm_head.weight"}
 
 
 def test_filters_keep_their_precision_in_a_narrow_model(tmp_path):
-    config, weights, ids, expected = golden("hf")
+    config, weights, ids, expected = hyena("hf")
     model = AutoModelForCausalLM.from_pretrained(write_repository(tmp_path, config, weights), dtype=torch.bfloat16)
     assert torch.equal(model.get_submodule("model.layers.1.mixer.implicit_filter").z, weights[Z][0])
     # Logits of size 3 through two layers whose every product is rounded to 8 bits.
@@ -101,6 +90,7 @@ def test_filters_keep_their_precision_in_a_narrow_model(tmp_path):
 
 
 Z = "hyena.backbone.layers.1.mixer.filter_fn.pos_emb.z"
+DELTAS = Z.replace("pos_emb.z", "modulation.deltas")
 FREQ = "hyena.backbone.layers.1.mixer.filter_fn.implicit_filter.1.freq"
 
 
@@ -109,28 +99,80 @@ FREQ = "hyena.backbone.layers.1.mixer.filter_fn.implicit_filter.1.freq"
     "changes, parts",
     {
         "missing": ({"hyena.backbone.layers.0.mlp.fc1.bias": None}, ("missing", "backbone.layers.0.mlp.fc1.bias", "[16]")),
-        "missing_freq": ({FREQ: None}, ("missing", "layers.1.mixer.filter_fn.implicit_filter.1.freq", "[1, 8]")),
+        "missing_freq": ({FREQ: None}, ("missing", "layers.1.mixer.filter_fn.implicit_filter.1.freq", "[8]")),
         "unexpected": ({"hyena.backbone.layers.0.mixer.d": torch.ones(1)}, ("unexpected", "layers.0.mixer.d")),
         "deeper": ({"hyena.backbone.layers.2.norm1.bias": torch.ones(8)}, ("unexpected", "layers.2.norm1.bias")),
         "parameter": ({"hyena.backbone.ln_f.scale": torch.ones(8)}, ("unexpected", "backbone.ln_f.scale")),
         "outside": ({"decoder.weight": torch.ones(8)}, ("unexpected", "decoder.weight")),
-        "misshapen": ({Z: torch.ones(1, 17, 5)}, ("[1, 18, 5]", "got [1, 17, 5]", Z)),
+        "misshapen": ({Z: torch.ones(1, 17, 5)}, ("[18, 5]", "got [17, 5]", Z)),
         "two_sines": ({FREQ.replace(".1.freq", ".3.freq"): torch.zeros(1, 8)}, ("one tensor", "1.freq", "3.freq")),
-        "window": ({Z.replace("pos_emb.z", "modulation.deltas"): torch.ones(1, 1, 8)}, ("deltas", "[1, 1, 8]", "other values")),
+        "window": (
+            {Z.replace("pos_emb.z", "modulation.deltas"): torch.ones(1, 1, 8)},
+            ("deltas", "as the config says", "got [1, 1, 8] from 1 to 1"),
+        ),
     }.values(),
 )
 def test_no_key_is_lost_or_drawn_anew(auto_class, changes, parts, tmp_path):
-    config, weights, _, _ = golden("hf")
+    config, weights, _, _ = hyena("hf")
     changed = {key: x for key, x in (weights | changes).items() if x is not None}
     repository = write_repository(tmp_path, config, changed)
     with pytest.raises(ValueError) as error:
         auto_class.from_pretrained(repository)
-    for part in (*parts, *(["an -hf repository"] if "deltas" not in parts else [])):
+    for part in (*parts, *(["an -hf repository"] if DELTAS not in parts else [])):
         assert part in str(error.value)
 
 
+def test_shards_in_a_narrow_dtype(tmp_path):
+    """By Transformers' loader: nothing is read twice, and the filters stay as they are."""
+    config, weights, _, _ = hyena("hf")
+    model = AutoModelForCausalLM.from_pretrained(write_repository(tmp_path / "theirs", config, weights))
+    save(model, tmp_path / "shards", "hyenadna", max_shard_size="2KB")
+    assert (tmp_path / "shards" / "model.safetensors.index.json").is_file()
+    narrow = AutoModelForCausalLM.from_pretrained(tmp_path / "shards", dtype=torch.bfloat16, device_map="cpu")
+    assert same(narrow.state_dict(), model.to(torch.bfloat16).state_dict())
+
+
+@pytest.mark.parametrize("name", ["hf", "hf-buffer", "lightning", "infix"])
+def test_written_back(name, tmp_path):
+    """As an -hf repository, whatever it was read from: the keys and bits of one, and a config that says the same."""
+    config, weights, ids, expected = hyena(name)
+    if name.startswith("hf"):
+        model = AutoModelForCausalLM.from_pretrained(write_repository(tmp_path / "theirs", config, weights))
+    else:
+        model = hyenadna_script.convert(weights, config, filter_shift=0.05, **hyenadna.DNA_TOKENS)
+    save(model, tmp_path / "back", "hyenadna")
+    back = weights_of(tmp_path / "back")
+    tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
+    assert back.keys() == hyena("hf")[1].keys() - tied
+    # The window is computed, to the last digit on this machine or nearly so.
+    written = {key: x for key, x in weights.items() if key in back and not key.endswith((".t", ".deltas"))}
+    assert same(written, {key: back[key] for key in written})
+    fields = json.loads((tmp_path / "back" / "config.json").read_text())
+    if name.startswith("hf"):
+        assert (fields.pop("vocab_size"), fields.pop("pad_vocab_size_multiple"), fields.pop("dtype")) == (16, 1, "float32")
+        assert {field: config[field] for field in fields if field in config}.items() <= fields.items()
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "back")
+    assert same(again.state_dict(), model.state_dict()) and close(again(ids).logits, expected)
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"filter_shift": 0.0}, "filter_shift of HyenaDNA must be 0.05, got 0.0"),
+        ({"hyena_order": 3}, "hyena_order of HyenaDNA must be 2, got 3"),
+        ({"train_filter_positions": True}, "train_filter_positions of HyenaDNA must be False, got True"),
+        ({"num_experts": 2}, "mlp_layer_types of HyenaDNA must be"),
+    ],
+)
+def test_what_hyenadna_cannot_say(fields, message, tmp_path):
+    config = HyenaConfig(**hyenadna.repository_fields(hyena("hf")[0]) | fields)
+    with pytest.raises(ValueError, match=message):
+        save(HyenaForCausalLM(config), tmp_path / "back", "hyenadna")
+    assert not (tmp_path / "back").exists()
+
+
 def test_missing_head_of_a_language_model(tmp_path):
-    config, weights, _, _ = golden("hf")
+    config, weights, _, _ = hyena("hf")
     weights.pop("lm_head.weight")
     with pytest.raises(ValueError, match=r"missing key 'lm_head.weight'.*\[16, 8\]"):
         AutoModelForCausalLM.from_pretrained(write_repository(tmp_path, config, weights))
@@ -139,13 +181,13 @@ def test_missing_head_of_a_language_model(tmp_path):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"hyena_order": 3}, "hyena_order of hyenadna must be 2, got 3"),
+        ({"hyena_order": 3}, "hyena_order of HyenaDNA must be 2, got 3"),
         ({"d_model": None}, "must have d_model"),
         ({"num_head": 2}, "did you mean 'num_heads'"),
     ],
 )
 def test_config_that_is_not_here(changes, message, tmp_path):
-    config, weights, _, _ = golden("hf")
+    config, weights, _, _ = hyena("hf")
     config = {key: value for key, value in (config | changes).items() if value is not None}
     with pytest.raises(ValueError, match=message):
         AutoConfig.from_pretrained(write_repository(tmp_path, config, weights))
@@ -164,7 +206,7 @@ def test_tokens_are_the_originals(tmp_path):
     assert tokenizer.is_fast and tokenizer.padding_side == "left" and tokenizer.model_max_length == 18
     assert tokenizer(["ACG", "A"], padding=True)["input_ids"] == [[7, 8, 9, 1], [4, 4, 7, 1]]
     assert tokenizer.decode(tokenizer("ACGTN")["input_ids"], skip_special_tokens=True) == "ACGTN"
-    config = HyenaConfig(**hyenadna.config_fields(golden("hf")[0]))
+    config = HyenaConfig(**hyenadna.repository_fields(hyena("hf")[0]))
     for name in ("pad", "bos", "eos"):
         assert getattr(tokenizer, f"{name}_token_id") == getattr(config, f"{name}_token_id")
 
@@ -181,7 +223,7 @@ def write_original(folder: Path, config: dict, checkpoint: object) -> list[str]:
 
 @pytest.mark.parametrize("name", ["lightning", "infix"])
 def test_converts_hyenadna(name, tmp_path, capsys):
-    config, weights, ids, expected = golden(name)
+    config, weights, ids, expected = hyena(name)
     arguments = write_original(tmp_path, config, {"epoch": 3, "state_dict": weights})
     hyenadna_script.main([*arguments, "--output", str(tmp_path / "ours"), "--verify"])
     assert "verified: 52 tensors as read" in capsys.readouterr().out
@@ -190,11 +232,25 @@ def test_converts_hyenadna(name, tmp_path, capsys):
     assert model.config.tie_word_embeddings and model.config.filter_shift == 0.05 and not model.config.train_filter_positions
     tokens = AutoTokenizer.from_pretrained(tmp_path / "ours")("ACGT", return_tensors="pt")
     assert tokens["input_ids"].tolist() == [[7, 8, 9, 10, 1]]
+    assert model.generation_config.eos_token_id == 1
+
+
+def test_script_there_and_back(tmp_path, capsys):
+    config, weights, ids, expected = hyena("hf")
+    write_repository(tmp_path / "theirs", config, weights)
+    for origin, target, to in (("theirs", "ours", "ours"), ("ours", "back", "hyenadna")):
+        arguments = ["--checkpoint", str(tmp_path / origin), "--output", str(tmp_path / target), "--verify", "--to", to]
+        hyenadna_script.main(arguments)
+        assert "verified: 52 tensors as read" in capsys.readouterr().out
+        assert AutoTokenizer.from_pretrained(tmp_path / target)("ACGT")["input_ids"] == [7, 8, 9, 10, 1]
+        assert AutoModelForCausalLM.from_pretrained(tmp_path / target).generation_config.eos_token_id == 1
+    assert weights_of(tmp_path / "back").keys() == weights.keys()
+    assert close(AutoModelForCausalLM.from_pretrained(tmp_path / "ours")(ids).logits, expected)
 
 
 @pytest.mark.parametrize("name", ["safari", "safari-modulate"])
 def test_converts_safari(name, tmp_path):
-    config, weights, ids, expected = golden(name)
+    config, weights, ids, expected = hyena(name)
     arguments = write_original(tmp_path, config, weights)
     safari_script.main([*arguments, "--output", str(tmp_path / "ours"), "--tokenizer", "none", "--verify"])
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
@@ -204,14 +260,14 @@ def test_converts_safari(name, tmp_path):
 
 
 def test_the_pile_model_is_the_default_config():
-    fields = hyenadna.config_fields(safari_script.PILE, filter_shift=0.0)
+    fields = hyenadna.original_fields(safari_script.PILE, filter_shift=0.0)
     default = HyenaConfig().to_dict()
     differing = {name for name, value in fields.items() if default[name] != value}
     assert differing == {"filter_modulate"} and fields["vocab_size"] == 50264
 
 
 def test_a_head_of_its_own_stays_apart(tmp_path):
-    config, weights, ids, expected = golden("lightning")
+    config, weights, ids, expected = hyena("lightning")
     weights["model.lm_head.weight"] = 2 * weights["model.lm_head.weight"]
     model = hyenadna_script.convert(weights, config, filter_shift=0.05)
     assert not model.config.tie_word_embeddings
@@ -233,7 +289,7 @@ class Settings:
 
 
 def test_a_checkpoint_runs_no_code(tmp_path, capsys):
-    config, weights, _, _ = golden("lightning")
+    config, weights, _, _ = hyena("lightning")
     beside = {"hyper_parameters": Hyperparameters(), "settings": Settings(), "state_dict": weights}
     arguments = write_original(tmp_path, config, beside)
     torch.load(tmp_path / "weights.ckpt", weights_only=False)
@@ -249,25 +305,25 @@ def test_a_checkpoint_runs_no_code(tmp_path, capsys):
         ({"hyper_parameters": {1, 2}, "state_dict": {}}, "must hold a state dict"),
         ({"weights": {"a": 1}}, r"must hold a state dict.*\['weights'\]"),
         ([1, 2], "must hold a state dict.*got list"),
-        ({"state_dict": {"model.linear.weight": torch.ones(1)}}, "must begin with one of"),
+        ({"state_dict": {"model.linear.weight": torch.ones(1)}}, r"must be in a known layout.*got \['model\.linear\.weight'\]"),
     ],
 )
 def test_what_is_no_checkpoint(checkpoint, message, tmp_path):
-    arguments = write_original(tmp_path, golden("lightning")[0], checkpoint)
+    arguments = write_original(tmp_path, hyena("lightning")[0], checkpoint)
     with pytest.raises(ValueError, match=message):
         hyenadna_script.main([*arguments, "--output", str(tmp_path / "ours")])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "weights.ckpt"]
 
 
 def test_a_file_that_needs_more_names_the_remedy(tmp_path):
-    arguments = write_original(tmp_path, golden("lightning")[0], {})
+    arguments = write_original(tmp_path, hyena("lightning")[0], {})
     (tmp_path / "weights.ckpt").write_bytes(b"no checkpoint")
     with pytest.raises(ValueError, match=r"torch\.save its state_dict alone"):
         hyenadna_script.main([*arguments, "--output", str(tmp_path / "ours")])
 
 
 def test_an_interrupted_conversion_leaves_nothing(tmp_path, monkeypatch):
-    config, weights, _, _ = golden("lightning")
+    config, weights, _, _ = hyena("lightning")
     arguments = [*write_original(tmp_path, config, {"state_dict": weights}), "--output", str(tmp_path / "ours"), "--verify"]
     monkeypatch.setattr("conversion.output.proof", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
@@ -282,13 +338,13 @@ def test_an_interrupted_conversion_leaves_nothing(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "layer, message",
     [
-        ({"num_heads": 4}, "num_heads of hyenadna must be 1, got 4"),
-        ({"bidirectional": True}, "bidirectional of hyenadna must be False, got True"),
-        ({"order": 3}, "order of hyenadna must be 2, got 3"),
-        ({"modulat": False}, "known fields, got 'modulat'"),
+        ({"num_heads": 4}, "num_heads of HyenaDNA or safari must be 1, got 4"),
+        ({"bidirectional": True}, "bidirectional of HyenaDNA or safari must be False, got True"),
+        ({"order": 3}, "order of HyenaDNA or safari must be 2, got 3"),
+        ({"modulat": False}, r"known fields, got \['modulat'\]"),
     ],
 )
 def test_variant_of_an_original_that_is_not_here(layer, message):
-    config, weights, _, _ = golden("safari")
+    config, weights, _, _ = hyena("safari")
     with pytest.raises(ValueError, match=message):
         hyenadna_script.convert(weights, config | {"layer": config["layer"] | layer})

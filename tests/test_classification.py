@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from checkpoint_files import golden, write_repository
 from datasets import ClassLabel, Dataset
 from families import tiny_model
-from test_checkpoints import golden, write_repository
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -55,7 +55,7 @@ def model(request, tmp_path):
     """A classifier in float64: one of ours, and one opened from a repository of HyenaDNA's."""
     if request.param == "ours":
         return tiny_model("hyena-order3", head="ForSequenceClassification", pad_token_id=PAD, num_labels=3)
-    config, weights, _, _ = golden("hf-score")
+    config, weights, _ = golden("hyena-hf-score")
     folder = write_repository(tmp_path / "repository", config, weights)
     return AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float64)
 
@@ -180,7 +180,7 @@ def test_a_run_resumes_and_leaves_a_folder_that_the_auto_classes_open(recipe):
 @pytest.mark.parametrize("lora", [None, {"r": 2}], ids=["full", "lora"])
 def test_a_repository_of_hyenadna_is_fine_tuned(recipe, tmp_path, lora):
     """A language model: the head is new. Its layers learn, or with `lora` what is beside them."""
-    config, weights, _, _ = golden("hf")
+    config, weights, _ = golden("hyena-hf")
     repository = write_repository(tmp_path / "repository", config, weights)
     changes = {"model": {"checkpoint": str(repository)}, "data": {"sequence_length": config["max_seq_len"]}, "lora": lora}
     trainer, _, _ = classifier(recipe(**changes))

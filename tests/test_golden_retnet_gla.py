@@ -7,11 +7,9 @@ import json
 
 import pytest
 import torch
+from checkpoint_files import far, golden, same, weights_of, write_repository, write_tokenizer
 from families import TINY
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
-from test_checkpoints import GOLDEN, write_repository
-from test_torchscale import far, write_tokenizer
+from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from conversion import gla_original as gla_script
@@ -21,17 +19,8 @@ from hf_linear.checkpoints.layout import save
 
 # Logits of size 3 after two layers in float32: either side is up to 3e-6 from our float64.
 TOLERANCE = 1e-5
-LAYOUTS = {"retnet-syncdoth": "syncdoth", "retnet-syncdoth-plain": "syncdoth", "gla-original": "gla-original"}
+LAYOUTS = {"retnet-syncdoth": "syncdoth", "retnet-syncdoth-plain": "syncdoth", "gla-original": "gla_original"}
 every_file = pytest.mark.parametrize("name", LAYOUTS)
-
-
-def golden(name):
-    """The config, the weights, and what the original made of `ids`."""
-    with safe_open(GOLDEN / f"{name}.safetensors", "pt") as file:
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (it is no dict)
-        config = json.loads(file.metadata()["config"])
-    weights = {key.removeprefix("weights."): x for key, x in tensors.items() if key.startswith("weights.")}
-    return config, weights, tensors
 
 
 @every_file
@@ -50,7 +39,7 @@ def test_opens_as_it_is(name, tmp_path):
     assert not {"d_model", "decoder_embed_dim", "load_from_llama", "use_glu"} & set(saved)
     assert {"mixers", "hidden_size"} < set(saved)
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
-    assert all(torch.equal(again.state_dict()[key], x) for key, x in model.state_dict().items())
+    assert same(again.state_dict(), model.state_dict())
     assert json.loads((tmp_path / "ours" / "config.json").read_text()) == json.loads(again.config.to_json_string())
 
 
@@ -69,7 +58,7 @@ def test_round_trip(name, tmp_path):
     config, weights, original = golden(name)
     model = AutoModelForCausalLM.from_pretrained(write_repository(tmp_path / "theirs", config, weights))
     save(model, tmp_path / "back", LAYOUTS[name])
-    back = load_file(tmp_path / "back" / "model.safetensors")
+    back = weights_of(tmp_path / "back")
     computed = {"model.retnet_rel_pos.angle", "model.retnet_rel_pos.decay"}  # to the last digit on this machine or nearly so
     assert back.keys() == weights.keys()
     assert all(torch.equal(back[key], x) for key, x in weights.items() if key not in computed)
@@ -77,7 +66,7 @@ def test_round_trip(name, tmp_path):
     assert fields.pop("dtype") == config["torch_dtype"]
     assert fields == {"bos_token_id": None} | {field: config[field] for field in fields if field in config}
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "back")
-    assert all(torch.equal(again.state_dict()[key], x) for key, x in model.state_dict().items())
+    assert same(again.state_dict(), model.state_dict())
     assert torch.equal(again(original["ids"]).logits, model(original["ids"]).logits)
 
 
@@ -145,7 +134,7 @@ def test_a_gla_that_the_original_has_no_words_for(tmp_path):
     model = AutoModelForCausalLM.from_pretrained(write_repository(tmp_path / "theirs", config, weights))
     model.config.head_norm_eps = 1e-5
     with pytest.raises(ValueError, match=r"head_norm_eps of the original GLA must be 8.*e-05, got 1e-05"):
-        save(model, tmp_path / "back", "gla-original")
+        save(model, tmp_path / "back", "gla_original")
 
 
 @every_file
@@ -170,7 +159,7 @@ def test_script(name, form, tmp_path, capsys):
 
     back = ["--checkpoint", str(tmp_path / "ours"), "--output", str(tmp_path / "back"), "--to", LAYOUTS[name], "--verify"]
     script.main(back)
-    assert load_file(tmp_path / "back" / "model.safetensors").keys() == weights.keys()
+    assert weights_of(tmp_path / "back").keys() == weights.keys()
     assert (tmp_path / "back" / "tokenizer.json").is_file()
 
 
@@ -186,8 +175,10 @@ def test_what_is_no_checkpoint_of_the_layout(tmp_path):
     GLAForCausalLM(GLAConfig(**TINY)).save_pretrained(tmp_path / "hidden")
     save_file({"a.weight": torch.ones(1)}, tmp_path / "hidden" / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match=r"weights of a model of ours, got none for \['lm_head.weight'"):
-        gla_script.main(["--checkpoint", str(tmp_path / "hidden"), "--to", "gla-original", *arguments[2:]])
+        gla_script.main(["--checkpoint", str(tmp_path / "hidden"), "--to", "gla_original", *arguments[2:]])
     (folder / "config.json").unlink()
     with pytest.raises(ValueError, match="name the config by --config"):
         gla_script.main(arguments)
+    with pytest.raises(FileNotFoundError, match=r"--checkpoint must be a file, a folder or a name on the Hub, got .*absent"):
+        gla_script.main(["--checkpoint", str(tmp_path / "absent"), *arguments[2:]])
     assert not (tmp_path / "ours").exists()

@@ -35,7 +35,7 @@ from model_cards.generate import write_card
 FAMILIES = {"gla": {}, "retnet": {}, "linear_attention": {}, "hyena": {}, "linear_hybrid": {"pattern": "GA"}}
 AUTO_CLASSES = {"lm": AutoModelForCausalLM, "classifier": AutoModelForSequenceClassification}
 PUSHED = [f"{family}/{head}" for family in FAMILIES for head in AUTO_CLASSES]
-TRAINED = "trained/lm"
+TRAINED, FOREIGN = "trained/lm", "foreign/lm"
 README = Path(__file__).parents[1] / "README.md"
 WORDS = ["[PAD]", "[UNK]", "the", "state", "of", "a", "linear", "model", "does", "not", "grow"]
 TEXT = " ".join(WORDS[2:] * 8)  # 72 tokens: more than one chunk
@@ -63,7 +63,7 @@ def logits_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> Ten
 
 def publish(folder: Path) -> dict[str, dict[str, Any]]:
     """Push every model with its tokenizer and card, then a trained one by Trainer, and open them all again."""
-    import hf_linear  # noqa: F401  (here and not above: in `fetch` the card has to import it)
+    from hf_linear.checkpoints.layout import save  # here and not above: in `fetch` the card has to import hf_linear
 
     tokenizer, report = make_tokenizer(), {}
     for repo in PUSHED:
@@ -75,6 +75,9 @@ def publish(folder: Path) -> dict[str, dict[str, Any]]:
         upload_file(path_or_fileobj=write_card(local, name=repo), path_in_repo="README.md", repo_id=repo)
         report[repo] = {"pushed_logits": logits_of(model, tokenizer)}
     model.push_to_hub(repo, commit_message="once more")  # must leave the card of the repository alone
+
+    save(make_model("gla/lm"), folder / FOREIGN, "fla")
+    AutoModelForCausalLM.from_pretrained(folder / FOREIGN).push_to_hub(FOREIGN)
 
     model, local = make_model("gla/lm").train(), folder / TRAINED
     tokens = tokenizer(TEXT)["input_ids"]
@@ -122,6 +125,8 @@ def test_every_model_comes_back_as_it_went(tmp_path):
         published = in_fresh_process("publish", hub, tmp_path)
         fetched = in_fresh_process("fetch", hub, tmp_path)
     assert hub.unknown_requests == []
+    # What was read in another library's layout is pushed in ours.
+    assert hub.repos[FOREIGN].head["model.safetensors"] == hub.repos["gla/lm"].head["model.safetensors"]
     for repo in [*PUSHED, TRAINED]:
         files, pushed = hub.repos[repo].head, published[repo]["pushed_logits"]
         assert {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"} <= set(files), repo

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from checkpoint_files import change, same, weights_of
 from families import ids, logits, tiny_config
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, JambaConfig, JambaForCausalLM, PreTrainedTokenizerFast
 
@@ -78,10 +79,6 @@ def close(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a.shape == b.shape and torch.allclose(a, b, rtol=0, atol=TOLERANCE)
 
 
-def same(a: dict, b: dict) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
-
-
 @pytest.mark.parametrize("merged", [False, True], ids=["expert_by_expert", "merged"])
 @every_config
 def test_opens_as_it_is(name, merged, tmp_path, caplog):
@@ -107,7 +104,7 @@ def test_and_back_again(name, tmp_path):
     theirs, x = jamba(name), ids(2, 40)
     ours = LinearHybridForCausalLM.from_pretrained(write(theirs, tmp_path / "theirs"))
     save(ours, tmp_path / "back", "jamba")
-    files = [load_file(tmp_path / folder / "model.safetensors") for folder in ("theirs", "back")]
+    files = [weights_of(tmp_path / folder) for folder in ("theirs", "back")]
     assert same(*files)
     back, problems = AutoModelForCausalLM.from_pretrained(tmp_path / "back", output_loading_info=True)
     assert type(back) is JambaForCausalLM and not any(problems.values()) and same(back.state_dict(), theirs.state_dict())
@@ -119,7 +116,7 @@ def test_and_back_again(name, tmp_path):
     configs = [LinearHybridConfig.from_pretrained(tmp_path / folder).to_dict() for folder in ("theirs", "back")]
     assert configs[0] == configs[1]
     ours.save_pretrained(tmp_path / "ours")
-    assert load_file(tmp_path / "ours" / "model.safetensors").keys() <= ours.state_dict().keys()
+    assert weights_of(tmp_path / "ours").keys() <= ours.state_dict().keys()
     assert same(LinearHybridForCausalLM.from_pretrained(tmp_path / "ours").state_dict(), ours.state_dict())
 
 
@@ -230,22 +227,25 @@ def test_config_that_is_not_here(fields, message, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"norm_topk_prob": True}, "norm_topk_prob must be False to be written as a jamba, got True"),
-        ({"num_shared_experts": 1}, "num_shared_experts must be 0"),
-        ({"moe_intermediate_size": 24}, "moe_intermediate_size must be 48 .*got 24"),
-        ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}, "rope_parameters must be None"),
-        ({"use_qk_norm": True}, "use_qk_norm must be False"),
-        ({"mixer_options": None}, "inner_layernorms of mamba must be True"),
-        ({"mixer_options": {"mamba": {"inner_layernorms": True, "norm_eps": 1e-5}}}, "norm_eps of mamba must be 1e-06"),
-        ({"head_dim": 8}, "head_dim must be 16"),
-        ({"pattern": "MMMMAAMM"}, "mixers must be .*got"),
-        ({"pattern": "GGGGAGGG"}, "mixers must be .*got"),
-        ({"mlp_pattern": "DDSS"}, "mlp_layer_types must be .*got"),
+        ({"norm_topk_prob": True}, "norm_topk_prob of a jamba must be False, got True"),
+        ({"num_shared_experts": 1}, "num_shared_experts of a jamba must be 0"),
+        ({"moe_intermediate_size": 24}, "moe_intermediate_size of a jamba must be 48, got 24"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}, "rope_parameters of a jamba must be None"),
+        ({"use_qk_norm": True}, "use_qk_norm of a jamba must be False"),
+        ({"mixer_options": None}, "inner_layernorms of mamba of a jamba must be True"),
+        (
+            {"mixer_options": {"mamba": {"inner_layernorms": True, "norm_eps": 1e-5}}},
+            "norm_eps of mamba of a jamba must be 1e-06",
+        ),
+        ({"head_dim": 8}, "head_dim of a jamba must be 16"),
+        ({"pattern": "MMMMAAMM"}, "mixers of a jamba must be .*got"),
+        ({"pattern": "GGGGAGGG"}, "mixers of a jamba must be .*got"),
+        ({"mlp_pattern": "DDSS"}, "mlp_layer_types of a jamba must be .*got"),
     ],
 )
 def test_what_a_jamba_cannot_say(options, message):
     config = tiny_config("jamba", **{"moe_intermediate_size": 48, **options})
-    with pytest.raises(ValueError, match=f"{message}.*: save_pretrained writes ours"):
+    with pytest.raises(ValueError, match=f"{message}.*: it has no word for this, save the model as ours"):
         Jamba().write_config(config)
 
 
@@ -266,9 +266,7 @@ EXPERT = "model.layers.1.feed_forward.experts.2.up_proj.weight"
     ],
 )
 def test_no_key_is_lost_or_drawn_anew(key, x, message, tmp_path):
-    path = write(jamba("v0.1"), tmp_path) / "model.safetensors"
-    weights = {**load_file(path), key: x}
-    save_file({k: x for k, x in weights.items() if x is not None}, path, metadata={"format": "pt"})
+    change(write(jamba("v0.1"), tmp_path), key, x)
     with pytest.raises(ValueError, match=f"(?s){message}.*read as Jamba's"):
         LinearHybridForCausalLM.from_pretrained(tmp_path)
 
@@ -286,6 +284,6 @@ def test_script_both_ways(tmp_path, capsys):
         assert PreTrainedTokenizerFast.from_pretrained(tmp_path / target)("ACGT")["input_ids"] == [7, 8, 9, 10, 1]
     ours = AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
     assert type(ours) is LinearHybridForCausalLM and ours.dtype == torch.bfloat16
-    assert same(load_file(tmp_path / "back" / "model.safetensors"), load_file(tmp_path / "theirs" / "model.safetensors"))
+    assert same(weights_of(tmp_path / "back"), weights_of(tmp_path / "theirs"))
     with pytest.raises(FileExistsError, match="take another name"):
         script.main(arguments)

@@ -6,8 +6,9 @@ import re
 
 import pytest
 import torch
+from checkpoint_files import change, same, weights_of
 from families import TINY
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, Trainer, TrainingArguments
 
 from hf_linear import GLAConfig, GLAForCausalLM
@@ -26,24 +27,12 @@ def theirs(ours, tmp_path):
     return tmp_path / "theirs"
 
 
-def same(model, other) -> bool:
-    a, b = model.state_dict(), other.state_dict()
-    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
-
-
-def change(folder, key, x):
-    """Replace a tensor of a checkpoint, or with None leave it out."""
-    path = folder / "model.safetensors"
-    weights = {**load_file(path), key: x}
-    save_file({key: x for key, x in weights.items() if x is not None}, path, metadata={"format": "pt"})
-
-
 def test_written_back_on_request(ours, theirs):
-    keys = load_file(theirs / "model.safetensors").keys()
+    keys = weights_of(theirs).keys()
     assert "model.layers.0.attn.g_norm_swish_gate.weight" in keys and "model.embeddings.weight" in keys
     assert not any("mixer" in key for key in keys)
-    assert same(AutoModelForCausalLM.from_pretrained(theirs), ours)
-    with pytest.raises(ValueError, match=r"layout of a gla must be one of \['fla', 'fla-2024', 'gla-original'\], got 'flax'"):
+    assert same(AutoModelForCausalLM.from_pretrained(theirs).state_dict(), ours.state_dict())
+    with pytest.raises(ValueError, match=r"layout of a gla must be one of \['fla', 'fla_2024', 'gla_original'\], got 'flax'"):
         save(ours, theirs, "flax")
 
 
@@ -55,14 +44,14 @@ def test_every_road_of_the_loader(form, ours, theirs, tmp_path):
         assert (theirs / "model.safetensors.index.json").exists()
         (theirs / "model.safetensors").unlink()
     elif form == "bin":
-        torch.save(load_file(theirs / "model.safetensors"), theirs / "pytorch_model.bin")
+        torch.save(weights_of(theirs), theirs / "pytorch_model.bin")
         (theirs / "model.safetensors").unlink()
     elif form == "device_map":
         options = {"device_map": "cpu", "dtype": torch.bfloat16}
     elif form == "disk":
         options = {"device_map": {"model": "cpu", "lm_head": "disk"}, "offload_folder": tmp_path / "offload"}
     else:
-        options = {"config": ours.config, "state_dict": load_file(theirs / "model.safetensors")}
+        options = {"config": ours.config, "state_dict": weights_of(theirs)}
     model, problems = GLAForCausalLM.from_pretrained(
         None if form == "state_dict" else theirs, output_loading_info=True, **options
     )
@@ -71,7 +60,7 @@ def test_every_road_of_the_loader(form, ours, theirs, tmp_path):
         ids = torch.arange(5)[None]
         assert torch.equal(model(ids).logits, ours.eval()(ids).logits)
     else:
-        assert same(model, ours.to(options.get("dtype", torch.float32)))
+        assert same(model.state_dict(), ours.to(options.get("dtype", torch.float32)).state_dict())
 
 
 class Code:
@@ -82,7 +71,7 @@ class Code:
 
 
 def test_a_pickle_runs_no_code(theirs, capsys):
-    torch.save({**load_file(theirs / "model.safetensors"), "extra": Code()}, theirs / "pytorch_model.bin")
+    torch.save({**weights_of(theirs), "extra": Code()}, theirs / "pytorch_model.bin")
     (theirs / "model.safetensors").unlink()
     with pytest.raises(pickle.UnpicklingError, match="weights_only"):
         AutoModelForCausalLM.from_pretrained(theirs)
@@ -94,13 +83,13 @@ def test_every_writer_writes_ours(ours, theirs, tmp_path):
     model.save_pretrained(tmp_path / "saved")
     Trainer(model, TrainingArguments(tmp_path / "run", report_to=[], use_cpu=True)).save_model(str(tmp_path / "trained"))
     for folder in ("saved", "trained"):
-        assert load_file(tmp_path / folder / "model.safetensors").keys() == ours.state_dict().keys()
+        assert weights_of(tmp_path / folder).keys() == ours.state_dict().keys()
         assert "fuse_norm" not in json.loads((tmp_path / folder / "config.json").read_text())
-        assert same(AutoModelForCausalLM.from_pretrained(tmp_path / folder), ours)
+        assert same(AutoModelForCausalLM.from_pretrained(tmp_path / folder).state_dict(), ours.state_dict())
 
 
 def test_heads(ours, theirs):
-    assert same(AutoModel.from_pretrained(theirs), ours.model)
+    assert same(AutoModel.from_pretrained(theirs).state_dict(), ours.model.state_dict())
     _, problems = AutoModelForSequenceClassification.from_pretrained(theirs, num_labels=3, output_loading_info=True)
     assert problems["missing_keys"] == {"score.weight"}
 
@@ -108,9 +97,9 @@ def test_heads(ours, theirs):
 def test_tied_weights_are_saved_once(theirs, tmp_path):
     tied = GLAForCausalLM(GLAConfig(**TINY, tie_word_embeddings=True))
     save(tied, tmp_path / "tied", "fla")
-    assert "lm_head.weight" not in load_file(tmp_path / "tied" / "model.safetensors")
+    assert "lm_head.weight" not in weights_of(tmp_path / "tied")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "tied")
-    assert same(again, tied) and again.lm_head.weight is again.model.embed_tokens.weight
+    assert same(again.state_dict(), tied.state_dict()) and again.lm_head.weight is again.model.embed_tokens.weight
 
 
 @pytest.mark.parametrize(
@@ -133,3 +122,14 @@ def test_what_does_not_fit_is_an_error(key, x, message, theirs):
     with pytest.raises(ValueError, match=re.escape(message.format(repr(key)))) as error:
         AutoModelForCausalLM.from_pretrained(theirs)
     assert "read as flash-linear-attention's" in str(error.value)
+
+
+@pytest.mark.parametrize("head", [AutoModelForCausalLM, AutoModelForSequenceClassification, AutoModel])
+def test_a_layout_that_nobody_knows(head, ours, tmp_path):
+    ours.save_pretrained(tmp_path)
+    weights = {f"transformer.{key}": x for key, x in weights_of(tmp_path).items()}
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(
+        ValueError, match=r"known layout, one of hf_linear's own .*; got \['transformer\..*: is it another model's"
+    ):
+        head.from_pretrained(tmp_path)

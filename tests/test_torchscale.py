@@ -8,7 +8,7 @@ import types
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from checkpoint_files import far, same, weights_of, write_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from conversion import torchscale as script
@@ -86,10 +86,6 @@ def both(torchscale, variant):
     return original.double(), script.convert(original.state_dict(), VARIANTS[variant]).double().eval()
 
 
-def far(a, b):
-    return (a - b).abs().max().item()
-
-
 # torchscale keeps its rotary angles and decays, and computes its activations, in float32: 3e-7 at logits of order 1.
 TOLERANCE = 1e-6
 IDS = torch.arange(140).reshape(2, 70) ** 2 % 97
@@ -145,11 +141,11 @@ def test_greedy_tokens(torchscale, variant):
 def test_round_trip(torchscale, variant, tmp_path):
     ours = script.convert(decoder(torchscale, VARIANTS[variant]).state_dict(), VARIANTS[variant]).eval()
     save(ours, tmp_path, "torchscale")
-    theirs, fields = load_file(tmp_path / "model.safetensors"), json.loads((tmp_path / "config.json").read_text())
+    theirs, fields = weights_of(tmp_path), json.loads((tmp_path / "config.json").read_text())
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
     known = {"architectures": None, "_name_or_path": str(tmp_path)}
     assert again.config.to_dict() == ours.config.to_dict() | known
-    assert all(torch.equal(again.state_dict()[key], x) for key, x in ours.state_dict().items())
+    assert same(again.state_dict(), ours.state_dict())
     original = decoder(torchscale, fields)
     missing = original.load_state_dict(theirs, strict=False)
     tied = ["output_projection.weight"] if variant == "tied" else []  # it is embed_tokens.weight, which safetensors keeps once
@@ -198,7 +194,7 @@ def test_converts_a_checkpoint_of_fairseq(torchscale, form, tmp_path, capsys):
     assert (model.config.bos_token_id, model.config.pad_token_id, model.config.eos_token_id) == (0, 1, 2)
     original.retnet_rel_pos = decoder(torchscale, SMALL).retnet_rel_pos
     assert far(model(IDS).logits, original(IDS)[0]) < 1e-5
-    assert load_file(tmp_path / "ours" / "model.safetensors")["lm_head.weight"].dtype == torch.float16
+    assert weights_of(tmp_path / "ours")["lm_head.weight"].dtype == torch.float16
 
 
 def test_converts_a_state_dict_beside_its_arguments(torchscale, tmp_path, monkeypatch, capsys):
@@ -207,10 +203,10 @@ def test_converts_a_state_dict_beside_its_arguments(torchscale, tmp_path, monkey
     (tmp_path / "args.json").write_text(json.dumps(VARIANTS["fairseq"]))
     tokenizer = write_tokenizer(tmp_path / "tokenizer")
     arguments = ["--checkpoint", str(tmp_path / "weights.pt"), "--tokenizer", str(tmp_path / "tokenizer")]
-    with pytest.raises(ValueError, match="--args must be given"):
+    with pytest.raises(ValueError, match="--config must be given"):
         script.main([*arguments, "--output", str(tmp_path / "ours")])
     monkeypatch.setitem(sys.modules, "torchscale.architecture.retnet", None)
-    arguments += ["--args", str(tmp_path / "args.json"), "--output", str(tmp_path / "ours"), "--verify"]
+    arguments += ["--config", str(tmp_path / "args.json"), "--output", str(tmp_path / "ours"), "--verify"]
     script.main(arguments)
     printed = capsys.readouterr().out
     assert "not compared with torchscale's own model: import of torchscale" in printed and "tensors as read" in printed
@@ -228,16 +224,7 @@ def test_converts_back(torchscale, tmp_path, capsys):
     (difference,) = re.findall(r"torchscale's own logits of 256 random tokens.* differ by (\S+)", capsys.readouterr().out)
     assert float(difference) < 1e-5
     original = decoder(torchscale, json.loads((tmp_path / "theirs" / "config.json").read_text()))
-    original.load_state_dict(load_file(tmp_path / "theirs" / "model.safetensors"), strict=True)
-
-
-def write_tokenizer(folder):
-    from tokenizers import Tokenizer, models
-    from transformers import PreTrainedTokenizerFast
-
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"<unk>": 0, "a": 1}, unk_token="<unk>")))
-    tokenizer.save_pretrained(folder)
-    return tokenizer
+    original.load_state_dict(weights_of(tmp_path / "theirs"), strict=True)
 
 
 KEY = "layers.1.retention.q_proj.weight"
@@ -251,7 +238,7 @@ KEY = "layers.1.retention.q_proj.weight"
         ({KEY: torch.ones(3, 2)}, (repr(KEY), "[32, 32]", "got [3, 2]")),
         ({"layers.0.ffn.fc1.bias": torch.ones(40)}, ("unexpected key", "'layers.0.ffn.fc1.bias'")),
         ({"layers.0.retention.q_proj.A.weight": torch.ones(1)}, ("unexpected key", "'layers.0.retention.q_proj.A.weight'")),
-        ({"retnet_rel_pos.decay": torch.zeros(4)}, ("'retnet_rel_pos.decay' must be", "got [0.0, 0.0, 0.0, 0.0]")),
+        ({"retnet_rel_pos.decay": torch.zeros(4)}, ("'retnet_rel_pos.decay' must be", "got [4] from 0 to 0")),
         ({"retnet_rel_pos.angle": torch.zeros(6)}, ("'retnet_rel_pos.angle' must be",)),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",

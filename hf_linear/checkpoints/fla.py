@@ -11,7 +11,8 @@ from typing import Any
 from transformers import PreTrainedConfig
 from transformers.core_model_loading import Chunk, WeightConverter, WeightTransform
 
-from hf_linear.checkpoints.layout import PLAIN, Layout, renamings
+from hf_linear.checkpoints.fields import NO_WORD, NOT_HERE, PLAIN, check_one_of
+from hf_linear.checkpoints.layout import Layout, renamings
 
 # --- Configs ---------------------------------------------------------------------------------------------------------
 
@@ -79,9 +80,7 @@ def config_fields(theirs: Mapping[str, Any]) -> dict[str, Any]:
     wanted = {name: [value] for name, value in ONLY.items()}
     wanted |= {"hidden_act": ["swish", "silu"], "feature_map": list(FEATURE_MAPS[family])}
     for name, values in wanted.items():
-        value = theirs.get(name, values[0])
-        if value not in values:
-            raise ValueError(f"{name} of fla's {family} must be one of {values}, got {value!r}: this variant is not here")
+        check_one_of(name, f"fla's {family}", theirs.get(name, values[0]), values, NOT_HERE)
     ours["hidden_act"] = "silu"
     ours["feature_map"] = FEATURE_MAPS[family][ours["feature_map"]]
     ours["hidden_ratio"] = ours["hidden_ratio"] or 4  # what fla's MLP makes of None
@@ -160,8 +159,7 @@ def foreign_fields(config: PreTrainedConfig) -> dict[str, Any]:
         wanted["head_dim"] = [config.hidden_size // config.num_heads]
     for name, values in wanted.items():
         value = getattr(own if name in OF_MIXER or name in CONSTANT[family] else config, name)
-        if value not in values:
-            raise ValueError(f"{name} of a model for fla must be one of {values}, got {value!r}: it computes nothing else")
+        check_one_of(name, f"fla's {family}", value, values, NO_WORD)
     fields = {name: getattr(own if name in OF_MIXER else config, name) for name in DEFAULTS[family] if name != "attn"}
     return fields | {
         "model_type": family,
@@ -228,7 +226,7 @@ class FLA(Layout):
 class FusedFLA(FLA):
     """Before February 2025 the two halves of the MLP's input lay in one `gate_proj`."""
 
-    name = "fla-2024"
+    name = "fla_2024"
     title = "flash-linear-attention's of 2024 (model.layers.0.attn_norm..., both halves of the MLP in gate_proj)"
 
     def has_config(self, fields: Mapping[str, Any]) -> bool:

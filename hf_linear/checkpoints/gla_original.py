@@ -8,7 +8,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 from transformers.core_model_loading import WeightTransform
 
-from hf_linear.checkpoints.fields import Fields, check_said
+from hf_linear.checkpoints.fields import Fields, check_said, kept
 from hf_linear.checkpoints.layout import Layout, renamings
 
 FIELDS = Fields(
@@ -45,7 +45,7 @@ DEFAULTS: dict[str, Any] = {
 
 
 class OriginalGLA(Layout):
-    name = "gla-original"
+    name = "gla_original"
     title = "the GLA of its paper's repository (transformer.h.0.attn.k_gate...)"
 
     def has_config(self, fields: Mapping[str, Any]) -> bool:
@@ -61,10 +61,8 @@ class OriginalGLA(Layout):
         return {**rest, **ours, "head_norm_eps": head_norm_eps, "model_type": "gla"}
 
     def write_config(self, config: PreTrainedConfig) -> dict[str, Any]:
-        kept = ("bos_token_id", "pad_token_id", "eos_token_id", "tie_word_embeddings", "use_cache")
-        fields = {name: getattr(config, name) for name in (*kept, "model_type")}
-        fields |= FIELDS.write(config)
-        check_said(FIELDS.of, config, type(config)(**self.read_config(fields)))
+        fields = kept(config) | FIELDS.write(config)
+        check_said(FIELDS.of, config, self.read_config(fields))
         return fields
 
     def has_weights(self, keys: Collection[str]) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,27 +23,17 @@ from transformers.utils import CONFIG_NAME
 from transformers.utils.loading_report import LoadStateDictInfo
 
 HEADS = ("lm_head.", "score.")
-# Fields of ours that few models set, with the values that mean nothing: a layout without words for one refuses all others.
-PLAIN = {
-    "attention_output_gate": False,
-    "use_qk_norm": False,
-    "attention_multiplier": None,
-    "embedding_multiplier": 1,
-    "use_embedding_norm": False,
-    "residual_multiplier": 1,
-    "logits_scaling": 1,
-}
 
 
 class Layout:
     """One foreign layout of a family. Subclasses fill in what they have: weights alone, or a config.json too.
 
     Attributes:
-        name: what `save` and the conversion scripts call it.
+        name: what `save` and the conversion scripts call it; None for one that is only read.
         title: what errors call it.
     """
 
-    name: str
+    name: str | None = None
     title: str
 
     def has_config(self, fields: Mapping[str, Any]) -> bool:
@@ -70,7 +60,7 @@ class Layout:
         raise NotImplementedError
 
     def derived(self, config: PreTrainedConfig) -> dict[str, Tensor]:
-        """What they save and our models compute, under their keys: checked where it is found, written with the rest."""
+        """What they save and our models compute, under what the table makes of their keys: checked where found, written too."""
         return {}
 
 
@@ -93,23 +83,32 @@ def layout_of_weights(layouts: Iterable[Layout], keys: Collection[str]) -> Layou
     return next((layout for layout in layouts if layout.has_weights(keys)), None)
 
 
-def check_derived(layout: Layout, config: PreTrainedConfig, state_dict: Mapping | None, files: list[str] | None) -> None:
+def check_derived(
+    layout: Layout, config: PreTrainedConfig, keys: Collection[str], state_dict: Mapping | None, files: list[str] | None
+) -> None:
     """Tensors that our models compute must be those of the checkpoint; Transformers has no place for them."""
-    derived = layout.derived(config)
-    found = {key: x for key, x in (state_dict or {}).items() if key in derived}
-    for file in files or [] if derived else []:
+    derived, transforms = layout.derived(config), layout.transforms(config)
+    names = {key: rename(key, transforms)[0] for key in keys} if derived else {}
+    wanted = {key: derived[name] for key, name in names.items() if name in derived}
+    found = {key: x for key, x in (state_dict or {}).items() if key in wanted}
+    for file in files or [] if wanted else []:
         if file.endswith(".safetensors"):
             with safe_open(file, "pt") as opened:
-                found |= {key: opened.get_tensor(key) for key in derived.keys() & set(opened.keys())}
+                found |= {key: opened.get_tensor(key) for key in wanted.keys() & set(opened.keys())}
         else:
-            found |= {key: x for key, x in load_state_dict(file).items() if key in derived}
+            found |= {key: x for key, x in load_state_dict(file).items() if key in wanted}
     for key, x in found.items():
-        expected, rounding = derived[key], torch.finfo(x.dtype).eps
+        expected, rounding = wanted[key], torch.finfo(x.dtype).eps
         if x.shape != expected.shape or not torch.allclose(x.float().cpu(), expected, rtol=8 * rounding, atol=1e-7):
             raise ValueError(
-                f"{key!r} must be {expected.tolist()}, as the config says, got {x.tolist()}: another variant of {layout.title} "
-                "is not here"
+                f"{key!r} must be {shown(expected)}, as the config says, got {shown(x)}: another variant of {layout.title} is "
+                "not here"
             )
+
+
+def shown(x: Tensor) -> str:
+    ends = x.flatten()[[0, -1]].tolist() if x.numel() else []
+    return f"{list(x.shape)} from {' to '.join(f'{end:g}' for end in ends)}"
 
 
 def read_keys(state_dict: Mapping[str, Tensor] | None, files: list[str] | None) -> Collection[str]:
@@ -124,45 +123,67 @@ def check_loaded(
     keys: Collection[str],
     info: LoadStateDictInfo,
 ) -> None:
-    """Whatever Transformers found wrong is an error, where it would draw weights anew with a warning, or take one of two.
+    """Whatever Transformers found wrong is an error, where it would draw weights anew with a warning, or take one of two."""
+    info.unexpected_keys -= layout.derived(model.config).keys()
+    found = list(problems(transforms, model, keys, info))
+    if found:
+        more = f" (and {len(found) - 5} more)" if len(found) > 5 else ""
+        raise ValueError(
+            f"a checkpoint must fit its config.json, got: {'; '.join(found[:5])}{more}. It was read as {layout.title}: does "
+            "the config belong to it?"
+        )
+
+
+def check_known(layouts: Collection[Layout], keys: Collection[str], info: LoadStateDictInfo) -> None:
+    """A checkpoint of which nothing has a place is in a layout that nobody knows; Transformers would draw the whole model."""
+    if keys and len(info.unexpected_keys) == len(keys):
+        known = ["hf_linear's own (model.layers.0.mixer...)", *(layout.title for layout in layouts)]
+        raise ValueError(
+            f"a checkpoint must be in a known layout, one of {'; '.join(known)}; got {sorted(keys)[:3]}...: is it another "
+            "model's?"
+        )
+
+
+def problems(
+    transforms: list[WeightTransform], model: PreTrainedModel, keys: Collection[str], info: LoadStateDictInfo
+) -> Iterator[str]:
+    """What does not fit, under the checkpoint's own keys.
 
     Heads are looser: a new `score` may be missing or of another shape, and so may a tied `lm_head`; a head that the model has
     no place for is left out.
     """
-    drawn = ("score.", "lm_head.") if model.config.tie_word_embeddings else ("score.",)
     shapes = {key: list(x.shape) for key, x in model.state_dict().items()}
     back = [transform.reverse_transform() for transform in reversed(transforms)]
-    origins = defaultdict(list)
-    for key in sorted(keys):
-        name, pattern = rename(key, transforms)
-        if pattern is None:  # what a converter takes together comes from several
-            origins[name].append(key)
 
     def theirs(key: str) -> str:
         return repr(rename(key, back, reverse=True)[0])
 
-    problems = [f"{theirs(key)} could not be converted: {error}" for key, error in sorted(info.conversion_errors.items())]
-    problems += [f"{' and '.join(map(repr, several))} are one tensor here" for several in origins.values() if len(several) > 1]
-    problems += [
-        f"missing key {theirs(key)}, wanted with the shape {shapes[key]}"
-        for key in sorted(info.missing_keys)
-        if not key.startswith(drawn)
-    ]
-    problems += [
-        f"{theirs(key)} must have the shape {list(wanted)}, got {list(found)}"
-        for key, found, wanted in sorted(info.mismatched_keys)
-        if not key.startswith("score.")
-    ]
-    derived = layout.derived(model.config)
-    info.unexpected_keys -= {key for key in info.unexpected_keys if rename(key, back, reverse=True)[0] in derived}
+    for key, error in sorted(info.conversion_errors.items()):
+        yield f"{theirs(key)} could not be converted: {reason(error)}"
+    origins = defaultdict(list)
+    for key in sorted(keys):
+        name, pattern = rename(key, transforms)
+        if pattern is None:  # what a converter takes together comes from several
+            origins[name].append(repr(key))
+    yield from (f"{' and '.join(several)} are one tensor here" for several in origins.values() if len(several) > 1)
+
+    drawn = ("score.", "lm_head.") if model.config.tie_word_embeddings else ("score.",)
+    unconverted = {theirs(key) for key in info.conversion_errors}
+    for key in sorted(info.missing_keys):
+        if not key.startswith(drawn) and theirs(key) not in unconverted:
+            yield f"missing key {theirs(key)}, wanted with the shape {shapes[key]}"
+    for key, got, wanted in sorted(info.mismatched_keys):
+        if not key.startswith("score."):
+            yield f"{theirs(key)} must have the shape {list(wanted)}, got {list(got)}"
     other_heads = tuple(head for head in HEADS if not any(key.startswith(head) for key in shapes))
-    problems += [f"unexpected key {theirs(key)}" for key in sorted(info.unexpected_keys) if not key.startswith(other_heads)]
-    if problems:
-        more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
-        raise ValueError(
-            f"a checkpoint must fit its config.json, got: {'; '.join(problems[:5])}{more}. It was read as {layout.title}: does "
-            "the config belong to it?"
-        )
+    for key in sorted(info.unexpected_keys):
+        if not key.startswith(other_heads):
+            yield f"unexpected key {theirs(key)}"
+
+
+def reason(error: str) -> str:
+    """The exception's own words, of what Transformers makes of it: a traceback, and what was being converted."""
+    return error.rpartition("\nError")[0].rpartition("\n")[2] or error
 
 
 def rename(key: str, transforms: list[WeightTransform], reverse: bool = False) -> tuple[str, str | None]:
@@ -178,7 +199,7 @@ def save(model: PreTrainedModel, folder: str | Path, name: str, **kwargs: Any) -
     Raises:
         ValueError: the family has no layout of this name, or the layout cannot say what the model is.
     """
-    known = {layout.name: layout for layout in reversed(model.config.layouts)}  # of one name, the first writes
+    known = {layout.name: layout for layout in model.config.layouts if layout.name}
     if name not in known:
         raise ValueError(f"the layout of a {model.config.model_type} must be one of {sorted(known)}, got {name!r}")
     if hasattr(model, "score"):

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.core_model_loading import PrefixChange, WeightTransform
 
-from hf_linear.checkpoints.fields import Fields, check_said
+from hf_linear.checkpoints.fields import NOT_HERE, Fields, check_one_of, check_said, kept
 from hf_linear.checkpoints.layout import Layout, renamings
 from hf_linear.mixers.retention import THETA
 from hf_linear.modules.rotary import linspace_frequencies
@@ -104,10 +104,9 @@ def read_fields(fields: Fields, theirs: Mapping[str, Any]) -> tuple[dict[str, An
     theirs = {**DEFAULTS, **theirs}
     width, value_width = theirs["decoder_embed_dim"], theirs.pop("decoder_value_embed_dim")
     activation, scaled = theirs.pop("activation_fn"), not theirs.pop("no_scale_embedding")
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation_fn of {fields.of} must be one of {[*ACTIVATIONS]}, got {activation!r}: it has no other")
-    if not (theirs.pop("decoder_normalize_before") | theirs.pop("subln")):  # the second implies the first
-        raise ValueError(f"decoder_normalize_before of {fields.of} must be True, got False: this variant is not here")
+    normalize_before = theirs.pop("decoder_normalize_before") | theirs.pop("subln")  # the second implies the first
+    check_one_of("activation_fn", fields.of, activation, [*ACTIVATIONS], "it has no other")
+    check_one_of("decoder_normalize_before", fields.of, normalize_before, [True], NOT_HERE)
     ours, rest = fields.read(theirs)
     ours["hidden_act"] = ACTIVATIONS[activation]
     ratio = value_width / width  # which may be rounded to just below the one whose product with the width is whole
@@ -140,10 +139,8 @@ class Syncdoth(Layout):
         return {**tokens, **rest, **ours, "model_type": "retnet"}
 
     def write_config(self, config: PreTrainedConfig) -> dict[str, Any]:
-        kept = ("bos_token_id", "pad_token_id", "eos_token_id", "initializer_range", "tie_word_embeddings", "use_cache")
-        fields = {name: getattr(config, name) for name in (*kept, "model_type")}
-        fields |= write_fields(SYNCDOTH_FIELDS, config)
-        check_said(SYNCDOTH_FIELDS.of, config, type(config)(**self.read_config(fields)))
+        fields = kept(config) | {"initializer_range": config.initializer_range} | write_fields(SYNCDOTH_FIELDS, config)
+        check_said(SYNCDOTH_FIELDS.of, config, self.read_config(fields))
         return fields
 
     def has_weights(self, keys: Collection[str]) -> bool:
@@ -193,7 +190,7 @@ class Torchscale(Syncdoth):
 
     def write_config(self, config: PreTrainedConfig) -> dict[str, Any]:
         fields = write_fields(TORCHSCALE_FIELDS, config) | {"model_type": config.model_type}
-        check_said(TORCHSCALE_FIELDS.of, config, type(config)(**self.read_config(fields)))
+        check_said(TORCHSCALE_FIELDS.of, config, self.read_config(fields))
         return fields
 
     def has_weights(self, keys: Collection[str]) -> bool:
@@ -202,6 +199,3 @@ class Torchscale(Syncdoth):
     def transforms(self, config: PreTrainedConfig) -> list[WeightTransform]:
         prefix = PrefixChange(prefix_to_add="model")
         return [prefix, *renamings({"model.output_projection.": "lm_head."}), *super().transforms(config)]
-
-    def derived(self, config: PreTrainedConfig) -> dict[str, Tensor]:
-        return {key.removeprefix("model."): x for key, x in super().derived(config).items()}

@@ -10,11 +10,12 @@ from typing import Any
 from transformers import PreTrainedConfig
 from transformers.core_model_loading import WeightTransform
 
-from hf_linear.checkpoints.layout import PLAIN, Layout, renamings
+from hf_linear.checkpoints.fields import KEPT, NO_WORD, NOT_HERE, PLAIN, check_one_of
+from hf_linear.checkpoints.layout import Layout, renamings
 
 SAME = (
     *("vocab_size", "hidden_size", "num_hidden_layers", "max_position_embeddings", "initializer_range"),
-    *("tie_word_embeddings", "use_cache", "pad_token_id", "bos_token_id", "eos_token_id"),
+    *KEPT,
 )
 FIELDS = {"num_attention_heads": "num_heads", "num_key_value_heads": "num_kv_heads", "rms_norm_eps": "norm_eps"}
 # Labels and the like, which every config may have: they say nothing about layers.
@@ -63,9 +64,7 @@ class TransformersHybrid(Layout):
     def read_config(self, fields: Mapping[str, Any]) -> dict[str, Any]:
         theirs = self.config_class(**fields)
         for name, only in self.only.items():
-            value = getattr(theirs, name, only)
-            if value != only:
-                raise ValueError(f"{name} of a {self.name} must be {only!r}, got {value!r}: this variant is not here")
+            check_one_of(name, f"a {self.name}", getattr(theirs, name, only), [only], NOT_HERE)
         mixers = [self.mixer if kind in ("mamba", "linear_attention") else "attention" for kind in theirs.layers_block_type]
         options = {ours: getattr(theirs, name) for name, ours in self.mixer_fields.items()}
         return {
@@ -109,10 +108,7 @@ class TransformersHybrid(Layout):
         raise NotImplementedError
 
     def refuse_unless(self, value: Any, wanted: Any, name: str) -> None:
-        if value != wanted:
-            raise ValueError(
-                f"{name} must be {wanted!r} to be written as a {self.name}, got {value!r}: save_pretrained writes ours"
-            )
+        check_one_of(name, f"a {self.name}", value, [wanted], NO_WORD)
 
     def transforms(self, config: PreTrainedConfig) -> list[WeightTransform]:
         kinds = {self.mixer: "mamba", "attention": "self_attn"}

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
-from torch import Tensor, nn
+from torch import nn
 from transformers import GenerationMixin
-from transformers.modeling_utils import load_state_dict
 
 from hf_linear.checkpoints import hyenadna
+from hf_linear.checkpoints.layout import Layout
 from hf_linear.config import LinearConfig
 from hf_linear.decoder import (
     LinearForCausalLM,
@@ -41,6 +41,7 @@ class HyenaConfig(LinearConfig):
 
     model_type = "hyena"
     mixer = "hyena"
+    layouts: ClassVar[tuple[Layout, ...]] = hyenadna.LAYOUTS
 
     vocab_size: int = 50264
     hidden_size: int = 864
@@ -62,12 +63,6 @@ class HyenaConfig(LinearConfig):
     filter_shift: float | int = 0.0
     filter_normalize: bool = False
 
-    @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> HyenaConfig:
-        if config_dict.get("model_type") == hyenadna.MODEL_TYPE:
-            config_dict = hyenadna.config_fields(config_dict)
-        return super().from_dict(config_dict, **kwargs)
-
     def __post_init__(self, **kwargs) -> None:
         super().__post_init__(**kwargs)
         self.check_least(short_filter_order=1, filter_order=1, num_inner_mlps=0)
@@ -83,11 +78,7 @@ class HyenaConfig(LinearConfig):
 class HyenaDNAConfig(HyenaConfig):
     """What the Auto classes find for the -hf repositories of HyenaDNA: reading one gives a HyenaConfig."""
 
-    model_type = hyenadna.MODEL_TYPE
-
-    @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> HyenaConfig:
-        return HyenaConfig.from_dict(config_dict, **kwargs)
+    model_type = hyenadna.HyenaDNA.model_type
 
     def __post_init__(self, **kwargs: Any) -> None:
         raise ValueError(
@@ -101,29 +92,6 @@ class HyenaPreTrainedModel(LinearPreTrainedModel):
     norm_class = nn.LayerNorm
     mlp_class = MLP
     _can_compile_fullgraph = False  # its state grows
-
-    @staticmethod
-    def _load_pretrained_model(
-        model: HyenaPreTrainedModel,
-        state_dict: dict[str, Tensor] | None,
-        checkpoint_files: list[str] | None,
-        *args: Any,
-        **kwargs: Any,
-    ) -> Any:
-        """As everywhere, once the weights of HyenaDNA and safari have our keys.
-
-        Transformers' own mapping of keys would also write theirs, and draws anew what it does not find.
-        """
-
-        def read(device: str) -> dict[str, Tensor]:
-            files = checkpoint_files or []
-            return state_dict or {key: x for file in files for key, x in load_state_dict(file, map_location=device).items()}
-
-        if hyenadna.is_foreign(read("meta")):
-            inside = "" if hasattr(model, model.base_model_prefix) else f"{model.base_model_prefix}."
-            wanted = {inside + key: x for key, x in model.state_dict().items()}
-            state_dict, checkpoint_files = hyenadna.convert_weights(read("cpu"), model.config, wanted), None
-        return LinearPreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, *args, **kwargs)
 
 
 class HyenaModel(HyenaPreTrainedModel, LinearModel):
