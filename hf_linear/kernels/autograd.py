@@ -37,11 +37,12 @@ def backward(
     cu_seqlens: Tensor | None,
     needs_dg: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of q, k, v, g (empty unless needed) and the initial state."""
+    """The gradients of q, k, v, g (empty unless needed) and the initial state (empty where there is none)."""
     kernels = vector if g.dim() == 4 else scalar
     with on_device(v):
         dq, dk, dv, dg, d_initial = kernels.backward(do, d_final, q, k, v, g, scale, initial_state, cu_seqlens, needs_dg)
-    return dq, dk, dv, g.new_empty(0) if dg is None else dg, d_initial
+    dg, d_initial = (g.new_empty(0) if x is None else x for x in (dg, d_initial))
+    return dq, dk, dv, dg, d_initial
 
 
 FORWARD, BACKWARD = "hf_linear::chunk_attention", "hf_linear::chunk_attention_backward"
@@ -62,7 +63,8 @@ def _(q, k, v, g, scale, initial_state, cu_seqlens):
 @torch.library.register_fake(BACKWARD)
 def _(do, d_final, q, k, v, g, scale, initial_state, cu_seqlens, needs_dg):
     dg = q.new_empty(g.shape if needs_dg else 0, dtype=torch.float32)
-    return empty(q), empty(k), empty(v), dg, state_like(q, v, cu_seqlens)
+    d_initial = q.new_empty(0, dtype=torch.float32) if initial_state is None else state_like(q, v, cu_seqlens)
+    return empty(q), empty(k), empty(v), dg, d_initial
 
 
 def empty(x: Tensor) -> Tensor:

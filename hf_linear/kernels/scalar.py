@@ -38,11 +38,12 @@ def backward(
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
     needs_dg: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]:
-    """The gradients of q, k, v, g (None unless needed) and the initial state."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """The gradients of q, k, v, g (None unless needed) and the initial state (None where there is none)."""
     run = Blocks(q, k, v, g, scale, cu_seqlens)
     q, k, v, do = run.q, run.k, run.v, ready(do)
-    states, d_states, d_initial = run.new_states(), run.new_states(), run.new_state(d_final)
+    states, d_states = run.new_states(), run.new_states()
+    d_initial = None if initial_state is None else run.new_state(d_final)
     run.walk((k, v, states, initial_state, None), (q, do, d_states, d_final, d_initial))
     read, left = (run.new_parts(), run.new_parts()) if needs_dg else (None, None)
     dq = run.outputs(do, states, v, k, transposed=True, far=read, own=q)

@@ -42,11 +42,11 @@ def backward(
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
     needs_dg: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]:
-    """The gradients of q, k, v, g (None unless needed) and the initial state."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """The gradients of q, k, v, g (None unless needed) and the initial state (None where there is none)."""
     run = Chunks(q, k, v, g, scale, cu_seqlens)
     states, d_states = run.new_states(), run.new_states()
-    dv, d_initial = v.new_empty(v.shape), run.new_state(d_final)
+    dv, d_initial = v.new_empty(v.shape), None if initial_state is None else run.new_state(d_final)
     do = ready(do)
     run.walk(run.v, states=states, initial=initial_state)
     run.walk(do, backwards=True, out=dv, states=d_states, initial=d_final, final=d_initial)
