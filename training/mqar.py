@@ -4,7 +4,7 @@
 
 A document holds n keys with their values, then each key again at a random place, most of them soon, and after it its value,
 which alone is to be predicted. The mapping is new in every document, so nothing but the context tells it: a model whose state
-is smaller than the pairs must forget some.
+is smaller than the pairs must forget some. Who only knows which values were not asked for yet finds (1 + 1/2 + ... + 1/n) / n.
 
 Source: Arora et al. 2023, arXiv 2312.04927, section 4 and appendix (places drawn with p(i) ~ i^(a - 1), a = 0.01).
 """

@@ -54,7 +54,8 @@ def recall(prediction: EvalPrediction) -> dict[str, float]:
 def main() -> None:
     args = recipe_parser(__doc__).parse_args()
     recipe = load_recipe(args.recipe, args.overrides)
-    guess = {"any value of the context": 1 / recipe.data.pairs}
+    pairs = recipe.data.pairs
+    guess = {"any value not asked for yet": sum(1 / left for left in range(1, pairs + 1)) / pairs}
     train(recaller(recipe), plot=lambda log, path: plot_accuracy(log, guess, path))
 
 
