@@ -12,7 +12,6 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-import hf_linear  # noqa: F401  (registers the families)
 from conversion import output, source
 from hf_linear.checkpoints.fla import LAYOUTS
 

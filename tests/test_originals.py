@@ -13,6 +13,21 @@ from hf_linear.mixers.mamba2 import Mamba2
 from hf_linear.ops import linear_attention
 
 
+def check_same(original: torch.nn.Module, ours: torch.nn.Module, T: int) -> None:
+    """The output of T tokens, and the gradient of every parameter."""
+    x = torch.randn(2, T, 32)
+    found = []
+    for mixer, options in ((original, {}), (ours, {"position_ids": torch.arange(T)[None]})):
+        y = mixer(x, **options)
+        y = y[0] if isinstance(y, tuple) else y
+        weights = torch.randn(y.shape, generator=torch.Generator().manual_seed(1))
+        names, parameters = zip(*mixer.named_parameters(), strict=True)
+        found.append({"y": y} | dict(zip(names, torch.autograd.grad((y * weights).sum(), parameters), strict=True)))
+    for name, wanted in found[0].items():
+        # Sums of 140 tokens in another order.
+        torch.testing.assert_close(found[1][name], wanted, rtol=1e-4, atol=1e-5 * wanted.abs().max().item(), msg=name)
+
+
 @pytest.fixture
 def jamba_and_ours():
     """A Mamba layer of Transformers' Jamba and ours with its parameters, by their names."""
@@ -35,17 +50,7 @@ def jamba_and_ours():
 def test_mamba_is_that_of_jamba(jamba_and_ours, T):
     """Output and gradients in float32, in which Jamba computes whatever its dtype."""
     original, ours = jamba_and_ours
-    x = torch.randn(2, T, 32)
-    found = []
-    for mixer, options in ((original, {}), (ours, {"position_ids": torch.arange(T)[None]})):
-        y = mixer(x, **options)
-        y = y[0] if isinstance(y, tuple) else y
-        weights = torch.randn(y.shape, generator=torch.Generator().manual_seed(1))
-        names, parameters = zip(*mixer.named_parameters(), strict=True)
-        found.append({"y": y} | dict(zip(names, torch.autograd.grad((y * weights).sum(), parameters), strict=True)))
-    for name, wanted in found[0].items():
-        # Sums of 140 tokens in another order.
-        torch.testing.assert_close(found[1][name], wanted, rtol=1e-4, atol=1e-5 * wanted.abs().max().item(), msg=name)
+    check_same(original, ours, T)
 
 
 def test_mamba_starts_as_published():
@@ -115,17 +120,7 @@ def test_mamba2_is_that_of_transformers(name, groups, T):
     original, ours = mamba2_and_ours(name, groups)
     if groups == 2 and not hasattr(original.norm, "group_size"):  # before 5.24 some normalised all groups as one
         ours.norm.groups = 1
-    x = torch.randn(2, T, 32)
-    found = []
-    for mixer, options in ((original, {}), (ours, {"position_ids": torch.arange(T)[None]})):
-        y = mixer(x, **options)
-        y = y[0] if isinstance(y, tuple) else y
-        weights = torch.randn(y.shape, generator=torch.Generator().manual_seed(1))
-        names, parameters = zip(*mixer.named_parameters(), strict=True)
-        found.append({"y": y} | dict(zip(names, torch.autograd.grad((y * weights).sum(), parameters), strict=True)))
-    for parameter, wanted in found[0].items():
-        # Sums of 140 tokens in another order.
-        torch.testing.assert_close(found[1][parameter], wanted, rtol=1e-4, atol=1e-5 * wanted.abs().max().item(), msg=parameter)
+    check_same(original, ours, T)
 
 
 def test_mamba2_starts_as_in_transformers():
