@@ -94,6 +94,15 @@ def test_half_precision(kind):
     assert_as_exact_as_chunked(*make_inputs(1, 200, 2, 32, 48, kind, torch.float16))
 
 
+@pytest.mark.parametrize("kind", [PER_HEAD, PER_TOKEN])
+@pytest.mark.parametrize("bounds", [None, [0, 5, 5, 140, 200]])
+def test_many_channels(bounds, kind):
+    """One program serves all of a block's output channels where there are many; half precision alone."""
+    cu_seqlens = None if bounds is None else torch.tensor(bounds, device=DEVICE)
+    inputs, d_outputs = make_inputs(1, 200, 1, 72, 200, kind, torch.float16, documents=None if bounds is None else 4)
+    assert_as_exact_as_chunked(inputs, d_outputs, cu_seqlens)
+
+
 @kinds
 @pytest.mark.parametrize("bounds", [[0, 5, 5, 140, 300], [0, 0, 0, 300], [0, *range(1, 20), 300], [0, 128, 300]])
 def test_documents(bounds, kind):
@@ -111,6 +120,18 @@ def test_a_row_in_segments(bounds, kind):
     inputs, d_outputs = make_inputs(1, 1100, 1, 16, 16, kind, documents=None if bounds is None else 3)
     assert row_segments(make_layout(1, 1100, cu_seqlens), 1, inputs[0].device)[0] > 1
     assert_as_exact_as_chunked(inputs, d_outputs, cu_seqlens)
+
+
+@pytest.mark.parametrize("kind", [PER_HEAD, PER_TOKEN])
+@pytest.mark.parametrize(("B", "T", "K"), [(2, 70, 72), (1, 1100, 72), (2, 150, 136)])
+def test_a_state_kept_in_registers(B, T, K, kind):
+    """Large states of a decay a head are not written; long rows are cut into segments there, too."""
+    from hf_linear.kernels.scalar import Blocks
+
+    inputs, d_outputs = make_inputs(B, T, 1, K, 256, kind, torch.float16)
+    q, k, v, g, _ = inputs
+    assert Blocks(q, k, v, g.expand(B, T, 1), 1.0, None).keeps_state()
+    assert_as_exact_as_chunked(inputs, d_outputs)
 
 
 def test_the_table_of_many_documents():
