@@ -14,7 +14,7 @@ test: .venv/ready
 
 # On a machine with a GPU, with the Python that knows it.
 gpu-test:
-	$(PYTHON) -m pytest tests/test_kernels.py tests/test_kernels_in_training.py tests/test_fused.py tests/test_step.py tests/test_long_conv_kernels.py tests/test_fla_on_gpu.py tests/test_scan_kernels.py
+	$(PYTHON) -m pytest tests/test_kernels_*.py tests/test_checkpoints_fla_on_gpu.py
 
 lint: .venv/ready
 	$(RUN) -m ruff check .

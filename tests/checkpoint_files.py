@@ -15,6 +15,8 @@ from transformers import PreTrainedTokenizerFast
 
 GOLDEN = Path(__file__).parent / "golden"
 NAME = "model.safetensors"
+# Logits of order 1 after two to eight layers in float32: two implementations that both are right differ by a few 1e-6 at most.
+TOLERANCE = 1e-5
 
 
 def golden(name: str) -> tuple[dict, dict[str, Tensor], dict[str, Tensor]]:
@@ -53,6 +55,11 @@ def write_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     """The same keys and bits."""
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def close(a: Tensor, b: Tensor) -> bool:
+    """Logits of one shape and dtype that two implementations may have."""
+    return a.shape == b.shape and a.dtype == b.dtype and torch.allclose(a, b, rtol=0, atol=TOLERANCE)
 
 
 def far(a: Tensor, b: Tensor) -> float:

@@ -1,4 +1,4 @@
-"""What every test shares: a seed, and scratch memory that shows when it is read before it is written."""
+"""What every test has, a seed, and what many use: memory that shows when it is read unwritten, a compiler without a past."""
 
 import os
 
@@ -7,6 +7,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 import torch
 
+pytest.register_assert_rewrite("contract")  # so that its asserts show what they compared
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when the kernels are imported, which no test does at its top
 
@@ -24,6 +25,14 @@ def seed():
 
 
 @pytest.fixture
+def dynamo():
+    """torch.compile without graphs of other tests, and none left to them."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture
 def poisoned_memory():
     """Fill what torch.empty returns with NaN, so that a lane nobody wrote reaches the result."""
     deterministic = torch.are_deterministic_algorithms_enabled()
@@ -31,3 +40,9 @@ def poisoned_memory():
     assert torch.utils.deterministic.fill_uninitialized_memory
     yield
     torch.use_deterministic_algorithms(deterministic)
+
+
+@pytest.fixture
+def data_cache(tmp_path, monkeypatch):
+    """What `datasets` prepares goes into a folder of the test's own."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")

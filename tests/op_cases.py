@@ -10,6 +10,7 @@ from functools import partial
 from itertools import pairwise
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -354,6 +355,33 @@ CASES = ATTENTION + SHORT_CONV + LONG_CONV + SELECTIVE_SCAN
 FULL_CASES = [LINEAR_ATTENTION[2], GATED[0], SHORT_CONV[1], LONG_CONV[1], SELECTIVE_SCAN[1]]
 
 
+# --- Parameters and tolerances ---
+
+BACKENDS = ["reference", "chunked"]
+
+# Two exact evaluations of one sum in float64. Rounding is 1.1e-16; the longest sums here have 200 tokens times 100
+# channels, and a log-decay that adds up to 8e4 is held to 8e4 * 1.1e-16 = 1e-11, which is the relative error of its
+# exponential. A slip in a formula shows at 1e-4 (the weakest decay) or above.
+ROUNDING = 1e-10
+
+# One evaluation made twice with the same sums in another order or with another matrix kernel: nothing but rounding.
+SAME_SUMS = 1e-12
+
+
+def named(cases: list[Case]):
+    return pytest.mark.parametrize("case", cases, ids=lambda case: case.name)
+
+
+def of_dtype(*dtypes: torch.dtype):
+    return pytest.mark.parametrize("dtype", dtypes, ids=lambda dtype: str(dtype).removeprefix("torch."))
+
+
+def case_and_decay(cases: list[Case]):
+    return pytest.mark.parametrize(
+        ("case", "decay"), [pytest.param(c, d, id=f"{c.name}-decay{d}") for c in cases for d in c.decays]
+    )
+
+
 # --- Running and measuring ---
 
 
@@ -381,6 +409,12 @@ def outputs_and_gradients(function: Function, inputs: Inputs, *, through: str = 
 
 def rms(x: Tensor) -> float:
     return x.double().square().mean().sqrt().item() if x.numel() else 0.0
+
+
+def distance(x: Tensor, exact: Tensor) -> float:
+    """The error of a tensor over the size of what it should be; NaN stays NaN, which no bound allows."""
+    x, exact = x.detach().double(), exact.detach().double()
+    return float((x - exact).norm() / exact.norm().clamp(min=NEGLIGIBLE))
 
 
 def scales(expected: Results, inputs: Inputs) -> dict[str, float]:

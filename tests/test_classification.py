@@ -18,12 +18,9 @@ from training.data import load_classes
 from training.dna import MOTIFS, motif_order
 from training.recipe import DataRecipe, Recipe, build
 
+pytestmark = pytest.mark.usefixtures("data_cache")
+
 PAD = 4
-
-
-@pytest.fixture(autouse=True)
-def data_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
 """Bad input is a ValueError that says what was got, what was wanted, and the way out. Nothing is ignored, cut or begun anew.
 
-The arguments of ops are in test_ops and test_retention_views, generation that Transformers itself refuses in test_generation.
+Those of ops are in test_ops_errors and test_ops_retention_views, what Transformers itself will not generate in test_generation.
 """
 
 import re
@@ -316,7 +316,7 @@ def test_boundaries_hold_whatever_the_positions_are(name):
     model, x = model_of(name), ids(1, 7)
     found = logits(model, x, cu_seq_lens_q=boundaries(4, 3), position_ids=torch.arange(7)[None])
     alone = torch.cat([logits(model, document) for document in x.split([4, 3], 1)], 1)
-    torch.testing.assert_close(found, alone, rtol=0, atol=1e-10)  # float64: see ROUNDING in test_contract
+    torch.testing.assert_close(found, alone, rtol=0, atol=1e-10)  # float64: see ROUNDING in contract.py
 
 
 # --- Caches ----------------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from families import (
     tiny_model,
 )
 from torch import Tensor
-from transformers import Cache, CompileConfig, LogitsProcessor, PreTrainedModel
+from transformers import Cache, CompileConfig, LogitsProcessor, PreTrainedModel, StaticCache
 
 from hf_linear.cache import cache_bytes
 
@@ -142,8 +142,9 @@ def test_embeddings_as_prompt(name):
 @pytest.mark.parametrize("name", WITHOUT_HYENA)
 def test_static_cache(name, options):
     model, prompt = tiny_model(name), ids(2, 9)
-    found = generate(model, prompt, cache_implementation="static", **options)
-    assert torch.equal(found, generate(model, prompt, **options))
+    found = generate(model, prompt, cache_implementation="static", return_dict_in_generate=True, **options)
+    assert isinstance(found.past_key_values, StaticCache)
+    assert torch.equal(found.sequences, generate(model, prompt, **options))
 
 
 @pytest.mark.parametrize("name", WITHOUT_HYENA)
@@ -260,7 +261,7 @@ def test_scores_are_the_logits(name):
     output = generate(model, prompt, return_dict_in_generate=True, output_logits=True)
     with torch.no_grad():
         expected = model(output.sequences, use_cache=False).logits[:, 8:-1]
-    # float64: see ROUNDING in test_contract; generate hands its logits over in float32
+    # float64: see ROUNDING in contract.py; generate hands its logits over in float32
     torch.testing.assert_close(torch.stack(output.logits, 1).double(), expected, rtol=1e-6, atol=1e-6)
 
 

@@ -24,6 +24,8 @@ from training.pretrain import config_class, new_model, pretrainer
 from training.recipe import DataRecipe, Recipe, build, load_recipe
 from training.run import train
 
+pytestmark = pytest.mark.usefixtures("data_cache")
+
 RECIPES = sorted((Path(__file__).parents[1] / "training" / "recipes").glob("*.yaml"))
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_heads": 2, "intermediate_size": 48}
 FAMILIES = {
@@ -37,11 +39,6 @@ TEXTS = [
     f"Document {i} says " + " ".join(f"{word} {i * n % 7}" for n, word in enumerate(["state", "decay", "key"] * (i % 5 + 1)))
     for i in range(60)
 ] + ["é ü 漢字 🙂\n\tindented   spaces\n" * 3]
-
-
-@pytest.fixture(autouse=True)
-def data_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@ products are wrong); on a GPU in every dtype, at larger shapes, compiled and cap
 
 import pytest
 import torch
+from op_cases import distance
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -61,10 +62,6 @@ def assert_as_exact_as_chunked(inputs, d_outputs, cu_seqlens=None) -> None:
         times = 16 if name == "dg" and x.dim() == 1 and dtype != torch.float32 else 2
         allowed = times * (distance(y.to(dtype), z) + 2**-23)
         assert distance(x.to(dtype), z) <= allowed, f"{name}: {distance(x.to(dtype), z):.2e} > {allowed:.2e}"
-
-
-def distance(x: Tensor, exact: Tensor) -> float:
-    return float((x.detach().double() - exact.detach()).norm() / exact.detach().norm().clamp(min=1e-30))
 
 
 kinds = pytest.mark.parametrize("kind", [PER_HEAD, PER_TOKEN, PER_CHANNEL])

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoint_files import change, same, weights_of
+from checkpoint_files import change, close, same, weights_of
 from families import ids, logits, tiny_config
 from safetensors.torch import save_file
 from torch import nn
@@ -17,8 +17,6 @@ from hf_linear.checkpoints.hyenadna import dna_tokenizer
 from hf_linear.checkpoints.jamba import Jamba
 from hf_linear.checkpoints.layout import save
 
-# Logits of order 1 after eight layers in float32: two implementations that both are right differ by a few 1e-6.
-TOLERANCE = 1e-5
 TINY = {
     "vocab_size": 64,
     "hidden_size": 32,
@@ -73,10 +71,6 @@ def write(model: JambaForCausalLM, folder: Path, merged: bool = False, **fields)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | fields))
     return folder
-
-
-def close(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return a.shape == b.shape and torch.allclose(a, b, rtol=0, atol=TOLERANCE)
 
 
 @pytest.mark.parametrize("merged", [False, True], ids=["expert_by_expert", "merged"])

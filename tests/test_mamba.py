@@ -1,4 +1,4 @@
-"""Mamba and Mamba-2 beside those of Transformers' Jamba, Bamba and others. RetNet beside torchscale's: test_torchscale.py."""
+"""Mamba and Mamba-2 beside those of Transformers' Jamba, Bamba and others."""
 
 import importlib
 

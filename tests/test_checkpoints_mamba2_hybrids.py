@@ -2,9 +2,8 @@
 
 import pytest
 import torch
-from checkpoint_files import same, weights_of
+from checkpoint_files import close, same, weights_of
 from families import ids, logits
-from test_jamba import close
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,

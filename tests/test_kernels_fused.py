@@ -6,6 +6,7 @@ import statistics
 import pytest
 import torch
 from families import CONFIGS, ids, tiny_model
+from op_cases import distance
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.nn import functional as F
@@ -41,10 +42,6 @@ def assert_as_exact_as_pytorch(found, plain, exact):
         assert x.dtype == y.dtype and x.shape == y.shape
         allowed = 2 * distance(y, z) + 4 * 2**-23
         assert x.isfinite().all() and distance(x, z) <= allowed, f"{i}: {distance(x, z):.2e} > {allowed:.2e}"
-
-
-def distance(x, exact):
-    return float((x.double() - exact).norm() / exact.norm())
 
 
 def results(function, inputs, dtype=None):

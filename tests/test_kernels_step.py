@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from families import FIXED_STATE, ids, logits, new_cache, tiny_model
+from op_cases import distance
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -46,10 +47,6 @@ def op_of(g: Tensor | None):
 def oracle(q, k, v, g, state, dtype=torch.float64) -> tuple[Tensor, Tensor]:
     q, k, v, g, state = (None if x is None else x.to(dtype) for x in (q, k, v, g, state))
     return op_of(g)(q, k, v, g, scale=0.3, initial_state=state, backend="reference")
-
-
-def distance(x: Tensor, exact: Tensor) -> float:
-    return float((x.double() - exact).norm() / exact.norm().clamp(min=1e-30))
 
 
 def assert_as_exact_as_oracle(inputs, backend) -> None:
@@ -330,13 +327,6 @@ def test_gradients_flow_through_the_cache(name, prefix):
     for a, b in zip(gradients, expected, strict=True):
         scale = b.abs().max()
         torch.testing.assert_close(a / scale, b / scale, **tolerance(torch.float64))
-
-
-@pytest.fixture
-def dynamo():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("name", ["gla-conv-kv-phi", "retnet-torchscale", "linear-relu-kv"])

@@ -5,6 +5,7 @@ The plain cases are rows that one program holds; PLANS make the passes over colu
 
 import pytest
 import torch
+from op_cases import distance
 from torch import Tensor
 
 import hf_linear
@@ -37,10 +38,6 @@ def run(inputs, d_outputs, backend, dtype=None) -> dict[str, Tensor]:
     gradients = torch.autograd.grad(outputs, list(leaves.values()), d_outputs)
     found = {f"d{name}": gradient for name, gradient in zip(leaves, gradients, strict=True)}
     return {"y": outputs[0].detach(), "state": outputs[1].detach(), **found}
-
-
-def distance(x: Tensor, exact: Tensor) -> float:
-    return float((x.double() - exact.double()).norm() / exact.double().norm().clamp(min=1e-30))
 
 
 def rounded(x: Tensor, dtype: torch.dtype) -> Tensor:

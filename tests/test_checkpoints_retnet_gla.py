@@ -49,7 +49,7 @@ def test_generates_the_same(name, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(write_repository(tmp_path, config, weights))
     ids, tokens = original["ids"][:, :5], original["generated"]
     assert torch.equal(model.generate(ids, max_new_tokens=16, do_sample=False, eos_token_id=-1), tokens)
-    # The form that trains divides a row by what its scores add up to: see test_torchscale.py.
+    # The form that trains divides a row by what its scores add up to: see test_checkpoints_torchscale.py.
     assert far(model(original["ids"]).logits, original["parallel"]) < 1e-4
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoint_files import GOLDEN, golden, same, weights_of, write_repository
+from checkpoint_files import GOLDEN, close, golden, same, weights_of, write_repository
 from torch import Tensor
 from transformers import (
     AutoConfig,
@@ -25,18 +25,11 @@ from hf_linear import HyenaConfig, HyenaForCausalLM
 from hf_linear.checkpoints import hyenadna
 from hf_linear.checkpoints.layout import save
 
-# Logits of order 1 after two layers in float32: two implementations that both are right differ by about 1e-6.
-TOLERANCE = 1e-5
-
 
 def hyena(name: str) -> tuple[dict, dict[str, Tensor], Tensor, Tensor]:
     """The config, weights, ids and logits of one layout."""
     config, weights, made = golden(f"hyena-{name}")
     return config, weights, made["ids"], made["logits"]
-
-
-def close(a: Tensor, b: Tensor) -> bool:
-    return a.dtype == b.dtype and torch.allclose(a, b, rtol=0, atol=TOLERANCE)
 
 
 @pytest.mark.parametrize("name", ["hf", "hf-buffer"])

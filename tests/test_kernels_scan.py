@@ -1,5 +1,5 @@
-"""The Triton kernels of the selective scan and the short convolution against the oracle, as in `test_kernels.py`: in Triton's
-interpreter where there is no GPU, in float32 and float16; on a GPU in every dtype, at larger shapes (`make gpu-test`)."""
+"""The Triton kernels of the selective scan and the short convolution against the oracle: in Triton's interpreter where there is
+no GPU, in float32 and float16; on a GPU in every dtype, at larger shapes (`make gpu-test`)."""
 
 import copy
 from functools import partial
@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 from families import ids, tiny_model
-from op_cases import SELECTIVE_SCAN, SHORT_CONV, Case, cotangents, outputs_and_gradients, to
+from op_cases import SELECTIVE_SCAN, SHORT_CONV, Case, cotangents, distance, outputs_and_gradients, to
 
 from hf_linear import ops
 from hf_linear.ops import gpu
@@ -39,10 +39,6 @@ def run(case: Case, backend: str, inputs, bounds=None, **options):
     gradients = torch.autograd.grad(outputs, list(leaves.values()), ends)
     found = {"o": outputs[0].detach(), "state": outputs[1].detach()}
     return found | {f"d{name}": dx for name, dx in zip(leaves, gradients, strict=True)}
-
-
-def distance(x, exact) -> float:
-    return float((x.double() - exact).norm() / exact.norm().clamp(min=1e-30))
 
 
 def assert_as_exact_as_chunked(case: Case, inputs, bounds=None) -> None:
