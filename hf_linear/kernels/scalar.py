@@ -24,7 +24,7 @@ def forward(
     """o [B, T, H, V] and the final state [N, H, K, V]; q, k [B, T, H, K], v [B, T, H, V], g [B, T, H]."""
     run = Blocks(q, k, v, g, scale, cu_seqlens)
     final = run.new_state(initial_state)
-    if run.keeps_state():
+    if run.keeps_state(initial_state):
         return run.walk_outputs(initial_state, final), final
     states = run.new_states()
     run.walk((run.k, run.v, states, initial_state, final))
@@ -132,13 +132,14 @@ class Blocks:
             ), lambda: {**constants, **self.common, **walk_tile(self.v.dtype, self.KP, self.VP)},
         )  # fmt: skip
 
-    def keeps_state(self) -> bool:
+    def keeps_state(self, initial: Tensor | None) -> bool:
         """Whether outputs come from one walk with the state in registers: where states are large.
 
-        Tensor descriptors want rows of whole 16 bytes.
+        Tensor descriptors want rows of whole 16 bytes. Packed documents take registers, and initial states of theirs more.
         """
-        fits = self.v.dtype != torch.float32 and self.K <= 256 and self.K % 8 == 0 and self.V % 128 == 0
-        return fits and not self.layout.packed and self.K * self.V > 128 * 128
+        channels = 128 if self.layout.packed else 256
+        fits = self.v.dtype != torch.float32 and self.K <= channels and self.K % 8 == 0 and self.V % 128 == 0
+        return fits and self.K * self.V > 128 * 128 and not (self.layout.packed and initial is not None)
 
     def walk_outputs(self, initial: Tensor | None, final: Tensor) -> Tensor:
         H, tile = self.H, kept_tile(self.K)
@@ -146,10 +147,11 @@ class Blocks:
         chunks = BLOCK.value // C * self.layout.blocks
         z, scores = self.v.new_empty(chunks, H, C, KP), self.v.new_empty(chunks, H, C, C)
         from_start = self.decays.new_empty(chunks, H, C)
-        widths = {"C": C, "K": self.K, "KP": KP, "PRECISION": self.common["PRECISION"]}
+        widths = {"C": C, "K": self.K, "KP": KP, **self.common}
         sizes = (self.scale, *self.sizes)
         launch(
-            pairs_kernel, (chunks, H), self.signature, (self.q, self.k, z, scores, from_start, self.decays, *sizes),
+            pairs_kernel, (chunks, H), self.signature,
+            (self.q, self.k, z, scores, from_start, self.decays, self.layout.table, *sizes),
             lambda: {**widths, **PAIRS_TILE},
         )  # fmt: skip
         out, tiles = self.v.new_empty(self.v.shape), self.V // BV
@@ -163,7 +165,7 @@ class Blocks:
         launch(
             walk_kernel, (tiles, self.layout.rows * parts, H), self.signature,
             (
-                self.q, z, self.v, scores, from_start, out, entering, initial_, final,
+                self.q, z, self.v, scores, from_start, out, entering, initial_, final, self.layout.table,
                 *sizes, blocks, parts, int(initial is not None),
             ),
             lambda: {**widths, **tile, "V": self.V},

@@ -12,23 +12,22 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from hf_linear.kernels.layout import BLOCK
+from hf_linear.kernels.layout import BLOCK, locate, of_document
 from hf_linear.kernels.precise import exp
 from hf_linear.kernels.scalar_decays import COARSE, FINE, WIDTH
 
 
 @triton.jit(do_not_specialize=["scale", "T", "row_blocks", "H"])
 def pairs_kernel(
-    q, k, z, scores, from_start, decays, scale, T, row_blocks, H,
-    C: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
+    q, k, z, scores, from_start, decays, table, scale, T, row_blocks, H,
+    C: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, BK: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """z [chunks, H, C, KP], scores [chunks, H, C, C] and exp(P) [chunks, H, C] float32. One program: a chunk, a head."""
     chunk, h = tl.program_id(0), tl.program_id(1)
     block, part = chunk // (BLOCK // C), chunk % (BLOCK // C)
-    offset = (block % row_blocks) * BLOCK + part * C
-    start = ((block // row_blocks) * T + offset).to(tl.int64)
+    start, length = locate(chunk, T, row_blocks, table, PACKED, BLOCK // C)
     i = tl.arange(0, C)
-    inside = (i < T - offset)[:, None]
+    inside = (i < length)[:, None]
     dtype = z.dtype.element_ty
     own = decays + (block * H + h).to(tl.int64) * WIDTH + part * C
     coarse, fine = tl.load(own + COARSE + i), tl.load(own + FINE + i)
@@ -53,19 +52,22 @@ def pairs_kernel(
 
 @triton.jit(do_not_specialize=["scale", "T", "row_blocks", "H", "segment_blocks", "row_segments", "given"])
 def walk_kernel(
-    q, z, v, scores, from_start, out, entering, initial, final, scale, T, row_blocks, H, segment_blocks, row_segments, given,
-    C: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr,
+    q, z, v, scores, from_start, out, entering, initial, final, table,
+    scale, T, row_blocks, H, segment_blocks, row_segments, given,
+    C: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, V: tl.constexpr, BV: tl.constexpr,
+    PACKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program: BV values of the state for all keys, a segment of a row, a head.
 
     entering [rows * row_segments, H, K, V] float32: the state before any segment but a row's first; initial, if `given`, and
-    final [rows, H, K, V]: before and after a row.
+    final [rows, H, K, V]: before and after a row; of packed documents final alone.
     """
     segment, h = tl.program_id(1), tl.program_id(2)
     row = segment // row_segments
     from_block = segment % row_segments * segment_blocks
     parts: tl.constexpr = BLOCK // C
-    steps = tl.minimum(segment_blocks * parts, tl.cdiv(T, C) - from_block * parts)
+    chunks = row_blocks * parts if PACKED else tl.cdiv(T, C)
+    steps = tl.minimum(segment_blocks * parts, chunks - from_block * parts)
     v0 = tl.program_id(0) * BV
     v_, c, i = v0 + tl.arange(0, BV), tl.arange(0, KP), tl.arange(0, C)
     dtype = z.dtype.element_ty
@@ -82,17 +84,41 @@ def walk_kernel(
     of_user = v_[:, None] + c[None, :] * V
     in_user = ((v_ < V) | (V % BV == 0))[:, None] & ((c < K) | (K == KP))[None, :]
     begins = segment % row_segments == 0
-    before = tl.where(begins, initial + at_row_state, entering + (segment * H + h).to(tl.int64) * (K * V))
-    s = tl.load(before + of_user, in_user & tl.where(begins, given != 0, True), 0.0)
+    at_segment = entering + (segment * H + h).to(tl.int64) * (K * V)
+    if PACKED:
+        s = tl.load(at_segment + of_user, in_user & (row_segments > 1), 0.0)
+    else:
+        before = tl.where(begins, initial + at_row_state, at_segment)
+        s = tl.load(before + of_user, in_user & tl.where(begins, given != 0, True), 0.0)
     at_decays = from_start + first * C
+    next_start, next_length = locate(from_block * parts, T, row_blocks, table, PACKED, parts)
+    next_document, next_place = of_document(from_block, table, PACKED)
     for step in range(0, steps):
         at, token = step * H * C, from_block * BLOCK + step * C
+        if PACKED:  # the table is read a step ahead
+            token, length, document, place = next_start.to(tl.int32), next_length, next_document, next_place
+            part = (from_block * parts + step) % parts
+            following = from_block * parts + tl.minimum(step + 1, steps - 1)
+            next_start, next_length = locate(following, T, row_blocks, table, PACKED, parts)
+            next_document, next_place = of_document(following // parts, table, PACKED)
+            at_document = (document * H + h).to(tl.int64) * (K * V)
+            s = tl.where((part == 0) & (place % 2 == 1), 0.0, s)
         decay, whole = tl.load(at_decays + i), tl.load(at_decays + C - 1)  # they come while the first product runs
         at_decays += H * C
         o = tl.dot(s.to(dtype), tl.trans(queries.load([token, 0])), input_precision=PRECISION)
         y_t = tl.trans(values.load([token, v0]))
+        if PACKED:  # the next document's tokens
+            y_t = tl.where((i < length)[None, :], y_t, 0.0)
         o = tl.dot(y_t, tl.trans(pairs.load([at, 0])), o * (decay * scale)[None, :], input_precision=PRECISION)
-        outputs.store([token, v0], tl.trans(o.to(dtype)))
+        if PACKED:
+            to = out + (token.to(tl.int64) * H + h) * V + i[:, None] * (H * V) + v_[None, :]
+            tl.store(to, tl.trans(o.to(dtype)), (i < length)[:, None])
+        else:
+            outputs.store([token, v0], tl.trans(o.to(dtype)))
         s = tl.dot(y_t, keys.load([at, 0]), s * whole, input_precision=PRECISION)
-    if segment % row_segments == row_segments - 1:
-        tl.store(final + at_row_state + of_user, s, in_user)
+        if PACKED:
+            if (part == parts - 1) & (place >= 2):
+                tl.store(final + at_document + of_user, s, in_user)
+    if not PACKED:
+        if segment % row_segments == row_segments - 1:
+            tl.store(final + at_row_state + of_user, s, in_user)
