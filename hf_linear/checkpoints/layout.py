@@ -219,14 +219,16 @@ def save(
     layout = known[name]
     fields = layout.write_config(model.config) | {"dtype": str(model.dtype).removeprefix("torch.")}
     weights = model.state_dict() if state_dict is None else state_dict
-    weights = remove_tied_weights_from_state_dict(weights, model)
     weights |= layout.derived(model.config)
+    offloaded = any(x.is_meta for x in weights.values())
     ours = getattr(model, "_weight_conversions", None)
     model._weight_conversions = layout.transforms(model.config)
     try:
-        theirs = revert_weight_conversion(model, weights)
+        if not offloaded:  # what is offloaded, Transformers fetches and converts shard by shard
+            held = remove_tied_weights_from_state_dict(weights, model)
+            weights = revert_weight_conversion(model, held)
+            held.clear()  # so that a shard, once written, may leave the memory
+        model.save_pretrained(folder, state_dict=weights, save_original_format=offloaded, **kwargs)
     finally:
         model._weight_conversions = ours
-    weights.clear()  # what is written may leave the memory
-    model.save_pretrained(folder, state_dict=theirs, save_original_format=False, **kwargs)
     (Path(folder) / CONFIG_NAME).write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
