@@ -55,13 +55,15 @@ def make_layout(B: int, T: int, cu_seqlens: Tensor | None) -> Layout:
     return Layout(T, 1, blocks, table, documents)
 
 
-def row_segments(layout: Layout, programs: int, device: torch.device) -> tuple[int, int]:
+def row_segments(layout: Layout, programs: int, device: torch.device, at_once: int = 2) -> tuple[int, int]:
     """How many segments to cut a row into for a walk that has `programs` programs without, and the blocks in each.
+
+    `at_once` programs run on a multiprocessor at a time.
 
     Segments cost a second pass over the keys and values, so only where a quarter of the GPU would idle without them.
     """
     processors = multiprocessors(device)
-    count = 1 if 4 * programs >= 3 * processors else 2 * processors // programs
+    count = 1 if 4 * programs >= 3 * processors else at_once * processors // programs
     count = min(count, max(layout.row_blocks // BLOCKS_A_SEGMENT, 1))
     length = cdiv(layout.row_blocks, count)
     return cdiv(layout.row_blocks, length), length
@@ -107,3 +109,11 @@ def locate(part, T, row_blocks, table, PACKED: tl.constexpr, PARTS: tl.constexpr
         start = (block // row_blocks) * T + offset
         length = T - offset
     return (start + before).to(tl.int64), tl.minimum(tl.maximum(length - before, 0), BLOCK // PARTS)
+
+
+@triton.jit
+def of_document(block, table, PACKED: tl.constexpr):
+    """The document of a block of a packed row, and its place there: 1 if the first block, + 2 if the last."""
+    if PACKED:
+        return tl.load(table + block * FIELDS + 2), tl.load(table + block * FIELDS + 3)
+    return 0, 0

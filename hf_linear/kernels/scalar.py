@@ -7,13 +7,15 @@ backward pass computes the states again and keeps nothing but the inputs.
 from __future__ import annotations
 
 import torch
+import triton
 from torch import Tensor
 
 from hf_linear.kernels.launch import cdiv, launch, product_precision, ready
 from hf_linear.kernels.layout import BLOCK, make_layout, row_segments
 from hf_linear.kernels.scalar_decays import WIDTH, decay_gradient_kernel, decays_kernel
-from hf_linear.kernels.scalar_outputs import outputs_kernel
+from hf_linear.kernels.scalar_outputs import outputs_kernel, whole_outputs_kernel
 from hf_linear.kernels.scalar_states import scan_kernel, states_kernel
+from hf_linear.kernels.scalar_walk import pairs_kernel, walk_kernel
 
 
 def forward(
@@ -22,6 +24,8 @@ def forward(
     """o [B, T, H, V] and the final state [N, H, K, V]; q, k [B, T, H, K], v [B, T, H, V], g [B, T, H]."""
     run = Blocks(q, k, v, g, scale, cu_seqlens)
     final = run.new_state(initial_state)
+    if run.keeps_state(initial_state):
+        return run.walk_outputs(initial_state, final), final
     states = run.new_states()
     run.walk((run.k, run.v, states, initial_state, final))
     return run.outputs(run.q, states, run.k, run.v), final
@@ -90,33 +94,83 @@ class Blocks:
 
     def walk(self, *directions: tuple) -> None:
         """Write the states of one or both directions: (keys, values, states, initial or None, final state to write or None)."""
-        layout, H, K, V = self.layout, self.H, self.K, self.V
+        layout, tiles = self.layout, self.state_tiles()
+        cut = row_segments(layout, len(directions) * layout.rows * self.H * tiles, self.v.device)
+        entering = self.entering(directions, *cut) if cut[0] > 1 else (self.decays, self.decays)
+        self.walk_segments(directions, *cut, *entering, local=0)
+
+    def entering(self, directions: tuple[tuple, ...], parts: int, segment_blocks: int) -> tuple[Tensor, Tensor]:
+        """The states that enter the segments of all rows, and scratch: what each adds to the state, then a scan."""
+        K, V, H, segments = self.K, self.V, self.H, len(directions) * self.layout.rows * parts
+        between, passed = self.decays.new_empty(segments, H, K, V), self.decays.new_empty(segments, H)
+        self.walk_segments(directions, parts, segment_blocks, between, passed, local=1)
+        launch(
+            scan_kernel, (cdiv(K * V, SCAN_TILE), segments // parts, H), self.signature,
+            (between, passed, self.layout.rows, parts, H), lambda: {"SIZE": K * V, "TILE": SCAN_TILE},
+        )  # fmt: skip
+        return between, passed
+
+    def state_tiles(self) -> int:
         tile = walk_tile(self.v.dtype, self.KP, self.VP)
-        tiles = self.KP // tile["BK"] * (self.VP // tile["BV"])
-        parts, segment_blocks = row_segments(layout, len(directions) * layout.rows * H * tiles, self.v.device)
-        segments = layout.rows * parts
+        return self.KP // tile["BK"] * (self.VP // tile["BV"])
+
+    def walk_segments(
+        self, directions: tuple[tuple, ...], parts: int, segment_blocks: int, between: Tensor, passed: Tensor, local: int
+    ) -> None:
+        layout, segments = self.layout, self.layout.rows * parts
         given = sum(2**i for i, direction in enumerate(directions) if direction[3] is not None)
         wanted = sum(2**i for i, direction in enumerate(directions) if direction[4] is not None)
         absent = self.decays  # a pointer that is never followed
         pointers = [absent if x is None else ready(x) for direction in (directions[0], directions[-1]) for x in direction]
-        between = passed = absent
-        if parts > 1:
-            between = self.decays.new_empty(len(directions) * segments, H, K, V)
-            passed = self.decays.new_empty(len(directions) * segments, H)
-        widths = {"K": K, "KP": self.KP, "V": V, "VP": self.VP}
-        for local in (1, 0) if parts > 1 else (0,):
-            launch(
-                states_kernel, (tiles, len(directions) * segments, H), self.signature,
-                (
-                    *pointers, self.decays, between, passed, layout.table,
-                    self.scale, layout.T, layout.row_blocks, segment_blocks, segments, parts, H, given, wanted, local,
-                ), lambda: {**widths, **self.common, **tile},
-            )  # fmt: skip
-            if local:
-                launch(
-                    scan_kernel, (cdiv(K * V, SCAN_TILE), len(directions) * layout.rows, H), self.signature,
-                    (between, passed, layout.rows, parts, H), lambda: {"SIZE": K * V, "TILE": SCAN_TILE},
-                )  # fmt: skip
+        initial = layout.packed and given > 0
+        constants = {"K": self.K, "KP": self.KP, "V": self.V, "VP": self.VP, "INITIAL": initial}
+        launch(
+            states_kernel, (self.state_tiles(), len(directions) * segments, self.H), (self.signature, initial),
+            (
+                *pointers, self.decays, between, passed, layout.table,
+                self.scale, layout.T, layout.row_blocks, segment_blocks, segments, parts, self.H, given, wanted, local,
+            ), lambda: {**constants, **self.common, **walk_tile(self.v.dtype, self.KP, self.VP)},
+        )  # fmt: skip
+
+    def keeps_state(self, initial: Tensor | None) -> bool:
+        """Whether outputs come from one walk with the state in registers: where states are large.
+
+        Tensor descriptors want rows of whole 16 bytes. Packed documents take registers, and initial states of theirs more.
+        """
+        channels = 128 if self.layout.packed else 256
+        fits = self.v.dtype != torch.float32 and self.K <= channels and self.K % 8 == 0 and self.V % 128 == 0
+        return fits and self.K * self.V > 128 * 128 and not (self.layout.packed and initial is not None)
+
+    def walk_outputs(self, initial: Tensor | None, final: Tensor) -> Tensor:
+        H, tile = self.H, kept_tile(self.K)
+        KP, C, BV = tile["KP"], tile["C"], tile["BV"]
+        chunks = BLOCK.value // C * self.layout.blocks
+        z, scores = self.v.new_empty(chunks, H, C, KP), self.v.new_empty(chunks, H, C, C)
+        from_start = self.decays.new_empty(chunks, H, C)
+        widths = {"C": C, "K": self.K, "KP": KP, **self.common}
+        sizes = (self.scale, *self.sizes)
+        launch(
+            pairs_kernel, (chunks, H), self.signature,
+            (self.q, self.k, z, scores, from_start, self.decays, self.layout.table, *sizes),
+            lambda: {**widths, **PAIRS_TILE},
+        )  # fmt: skip
+        out, tiles = self.v.new_empty(self.v.shape), self.V // BV
+        parts, blocks = row_segments(self.layout, self.layout.rows * H * tiles, self.v.device, at_once=1)
+        entering = initial_ = self.decays  # pointers that are never followed
+        if parts > 1:  # no state is written: the local walk only adds up
+            entering, _ = self.entering(((self.k, self.v, self.k, initial, None),), parts, blocks)
+        if initial is not None:
+            initial_ = ready(initial)
+        triton.set_allocator(scratch)
+        launch(
+            walk_kernel, (tiles, self.layout.rows * parts, H), self.signature,
+            (
+                self.q, z, self.v, scores, from_start, out, entering, initial_, final, self.layout.table,
+                *sizes, blocks, parts, int(initial is not None),
+            ),
+            lambda: {**widths, **tile, "V": self.V},
+        )  # fmt: skip
+        return out
 
     def outputs(
         self, x: Tensor, w: Tensor, z: Tensor, y: Tensor, later: bool = False, transposed: bool = False,
@@ -124,6 +178,14 @@ class Blocks:
     ) -> Tensor:  # fmt: skip
         """A tensor like y: see `scalar_outputs`."""
         out, width, out_width = y.new_empty(y.shape), x.shape[-1], y.shape[-1]
+        widths = {"IN": width, "INP": padded(width), "OUT": out_width, "OUTP": padded(out_width)}
+        if far is None and in_one_program(y.dtype, widths["INP"], widths["OUTP"]):
+            launch(
+                whole_outputs_kernel, (self.layout.blocks, self.H), (self.signature, later, transposed),
+                (x, w, z, y, out, self.decays, self.layout.table, self.scale, *self.sizes),
+                lambda: {**widths, "LATER": later, "TRANSPOSED": transposed, **self.common, **WHOLE_TILE},
+            )  # fmt: skip
+            return out
         tile = output_tile(y.dtype, out_width)
         kind = {"LATER": later, "TRANSPOSED": transposed, "FAR": far is not None}
         launch(
@@ -133,9 +195,7 @@ class Blocks:
                 x, w, z, y, out, self.decays, x if own is None else own, self.decays if far is None else far, self.layout.table,
                 self.scale, *self.sizes, self.tokens,
             ),
-            lambda: {
-                "IN": width, "INP": padded(width), "OUT": out_width, "OUTP": padded(out_width), **kind, **self.common, **tile,
-            },
+            lambda: {**widths, **kind, **self.common, **tile},
         )  # fmt: skip
         return out
 
@@ -157,6 +217,13 @@ def padded(width: int) -> int:
     return cdiv(width, 64) * 64
 
 
+def kept_tile(K: int) -> dict[str, int]:
+    """Of the walk that keeps its state. With less than three stages its loads would wait for the products before them."""
+    if K <= 128:
+        return {"C": 64, "KP": 128, "BV": 128, "num_warps": 8, "num_stages": 3}
+    return {"C": 32, "KP": 256, "BV": 128, "num_warps": 8, "num_stages": 4}
+
+
 # Products of float32 take three of tf32, and their factors twice the memory: smaller tiles.
 def walk_tile(dtype: torch.dtype, KP: int, VP: int) -> dict[str, int]:
     if dtype == torch.float32:
@@ -173,6 +240,14 @@ def output_tile(dtype: torch.dtype, width: int) -> dict[str, int]:
     return {"ROWS": 128, "BI": 64, "BO": 128 if width > 64 else 64, "num_warps": 8, "num_stages": 3}
 
 
+def in_one_program(dtype: torch.dtype, INP: int, OUTP: int) -> bool:
+    """Whether one program serves all tiles of a block's outputs: worth it for several, and x has to fit into shared memory."""
+    return dtype != torch.float32 and INP in (64, 128, 256) and OUTP > 128
+
+
+WHOLE_TILE = {"BO": 64, "num_warps": 8, "num_stages": 3}
+
+
 def gradient_tile(dtype: torch.dtype) -> dict[str, int]:
     if dtype == torch.float32:
         return {"BK": 32, "BV": 32, "num_warps": 8, "num_stages": 1}
@@ -180,3 +255,9 @@ def gradient_tile(dtype: torch.dtype) -> dict[str, int]:
 
 
 SCAN_TILE = 1024
+PAIRS_TILE = {"BK": 64, "num_warps": 4, "num_stages": 3}
+
+
+def scratch(size: int, alignment: int, stream: int | None) -> Tensor:
+    """Memory for a launch's tensor descriptors."""
+    return torch.empty(size, dtype=torch.int8, device="cuda")

@@ -69,3 +69,46 @@ def outputs_kernel(
     y_ = tl.load(y + at + j[:, None] * (H * OUT), (j < length)[:, None] & (o_ < OUT)[None, :], 0.0).to(dtype)
     acc = tl.dot(scores.to(dtype), y_, acc, input_precision=PRECISION)
     tl.store(out + at + i[:, None] * (H * OUT), acc.to(out.dtype.element_ty), inside)
+
+
+@triton.jit(do_not_specialize=["scale", "T", "row_blocks", "H"])
+def whole_outputs_kernel(
+    x, w, z, y, out, decays, table, scale, T, row_blocks, H,
+    IN: tl.constexpr, INP: tl.constexpr, OUT: tl.constexpr, OUTP: tl.constexpr, BO: tl.constexpr,
+    LATER: tl.constexpr, TRANSPOSED: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The same, one program a block and head: x and x z^T are kept while the loop goes over tiles of the OUT channels.
+
+    Its loads run ahead of the products from tile to tile. INP is a power of two. traffic: everything once.
+    """
+    block, h = tl.program_id(0), tl.program_id(1)
+    at_block = (block * H + h).to(tl.int64)
+    start, length = locate(block, T, row_blocks, table, PACKED, 1)
+    if length == 0:
+        return
+    i = tl.arange(0, BLOCK)
+    i_ = tl.arange(0, INP)
+    dtype = w.dtype.element_ty
+    at_in = (start * H + h) * IN + i[:, None] * (H * IN) + i_[None, :]
+    in_row = (i < length)[:, None] & ((i_ < IN)[None, :] | (IN == INP))
+    x_ = tl.load(x + at_in, in_row, 0.0).to(dtype)
+    z_ = tl.load(z + at_in, in_row, 0.0).to(dtype)
+    own_decays = decays + at_block * WIDTH
+    scores = tl.dot(x_, tl.trans(z_), input_precision=PRECISION) * between(own_decays, i, LATER, PRECISION) * scale
+    scores = scores.to(dtype)
+    if LATER:
+        decay = tl.load(own_decays + TO_END + i)[:, None]
+    else:
+        decay = tl.load(own_decays + FROM_START + i)[:, None] * scale
+    for o0 in range(0, OUTP, BO):
+        o_ = o0 + tl.arange(0, BO)
+        if TRANSPOSED:
+            w_ = tl.load(w + at_block * (INP * OUTP) + i_[:, None] + o_[None, :] * INP)
+        else:
+            w_ = tl.load(w + at_block * (INP * OUTP) + i_[:, None] * OUTP + o_[None, :])
+        at = (start * H + h) * OUT + i[:, None] * (H * OUT) + o_[None, :]
+        inside = (i < length)[:, None] & ((o_ < OUT)[None, :] | (OUT == OUTP))
+        y_ = tl.load(y + at, inside, 0.0).to(dtype)
+        acc = tl.dot(x_, w_, input_precision=PRECISION) * decay
+        acc = tl.dot(scores, y_, acc, input_precision=PRECISION)
+        tl.store(out + at, acc.to(out.dtype.element_ty), inside)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from hf_linear.kernels.layout import BLOCK, FIELDS, locate
+from hf_linear.kernels.layout import BLOCK, locate, of_document
 from hf_linear.kernels.scalar_decays import FROM_START, TO_END, WIDTH
 
 RUN_TIME = ("scale", "T", "row_blocks", "segment_blocks", "segments", "row_segments", "H", "given", "wanted", "local")
@@ -22,7 +22,7 @@ def states_kernel(
     k, v, states, initial, final, q, do, d_states, d_final, d_initial, decays, between, passed, table,
     scale, T, row_blocks, segment_blocks, segments, row_segments, H, given, wanted, local,
     K: tl.constexpr, KP: tl.constexpr, V: tl.constexpr, VP: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    PACKED: tl.constexpr, PRECISION: tl.constexpr,
+    PACKED: tl.constexpr, INITIAL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program: a [BK, BV] tile of the state, a segment of a row's blocks in one direction, a head.
 
@@ -44,7 +44,8 @@ def states_kernel(
     v_ = tl.program_id(0) % v_tiles * BV + tl.arange(0, BV)
     i = tl.arange(0, BLOCK)
     of_user = c[:, None] * V + v_[None, :]
-    in_user = (c < K)[:, None] & (v_ < V)[None, :]
+    in_k, in_v = (c < K) | (K == KP), (v_ < V) | (V == VP)  # widths without padding need no masks
+    in_user = in_k[:, None] & in_v[None, :]
     dtype = states.dtype.element_ty
     a, b = tl.where(back == 0, k, q), tl.where(back == 0, v, do)
     to_states = tl.where(back == 0, states, d_states)
@@ -67,26 +68,28 @@ def states_kernel(
     # The pipeliner fetches ahead only what feeds a product; the decays are fetched a step ahead by hand.
     at_decays = decays + (block * H + h).to(tl.int64) * WIDTH
     next_edge, next_whole = tl.load(at_decays + to_edge + i), tl.load(at_decays + FROM_START + BLOCK - 1)
+    next_start, next_length = locate(block, T, row_blocks, table, PACKED, 1)
+    next_document, next_place = of_document(block, table, PACKED)
     for step in range(0, steps):
-        start, length = locate(block, T, row_blocks, table, PACKED, 1)
+        start, length, document, place = next_start, next_length, next_document, next_place
+        following = block + tl.where(step + 1 < steps, ahead, 0)
+        next_start, next_length = locate(following, T, row_blocks, table, PACKED, 1)
+        next_document, next_place = of_document(following, table, PACKED)
         if PACKED:
-            at_document = (tl.load(table + block * FIELDS + 2) * H + h).to(tl.int64) * (K * V)
-            place = tl.load(table + block * FIELDS + 3)
-            if (place & (1 + back)) != 0:
-                s = tl.load(before + at_document + of_user, in_user & has_before, 0.0)
-                passed_ = 0.0
+            at_document = (document * H + h).to(tl.int64) * (K * V)
+            begins_here = (place & (1 + back)) != 0
+            s = tl.where(begins_here, 0.0, s)
+            passed_ = tl.where(begins_here, 0.0, passed_)
+            if INITIAL:
+                s += tl.load(before + at_document + of_user, in_user & begins_here & has_before, 0.0)
         if local == 0:
             to = to_states + (block * H + h).to(tl.int64) * (KP * VP) + c[:, None] * VP + v_[None, :]
             tl.store(to, s.to(dtype))
         edge, whole = next_edge, next_whole
-        at_decays = decays + ((block + tl.where(step + 1 < steps, ahead, 0)) * H + h).to(tl.int64) * WIDTH
+        at_decays = decays + (following * H + h).to(tl.int64) * WIDTH
         next_edge, next_whole = tl.load(at_decays + to_edge + i), tl.load(at_decays + FROM_START + BLOCK - 1)
-        a_t = tl.load(
-            a + (start * H + h) * K + i[None, :] * (H * K) + c[:, None], (i < length)[None, :] & (c < K)[:, None], 0.0
-        )
-        b_ = tl.load(
-            b + (start * H + h) * V + i[:, None] * (H * V) + v_[None, :], (i < length)[:, None] & (v_ < V)[None, :], 0.0
-        )
+        a_t = tl.load(a + (start * H + h) * K + i[None, :] * (H * K) + c[:, None], (i < length)[None, :] & in_k[:, None], 0.0)
+        b_ = tl.load(b + (start * H + h) * V + i[:, None] * (H * V) + v_[None, :], (i < length)[:, None] & in_v[None, :], 0.0)
         a_t = (a_t * (edge * factor)[None, :]).to(dtype)
         s = tl.dot(a_t, b_.to(dtype), s * whole, input_precision=PRECISION)
         passed_ *= whole
@@ -108,11 +111,17 @@ def scan_kernel(between, passed, rows, row_segments, H, SIZE: tl.constexpr, TILE
     """From what each segment adds to the state, in place, the state that enters it. One program: a tile, a row, a head."""
     directed, h = tl.program_id(1), tl.program_id(2)
     back = directed // rows
+    ahead = 1 - 2 * back
     i = tl.program_id(0) * TILE + tl.arange(0, TILE)
     state = tl.zeros((TILE,), tl.float32)
-    for step in range(row_segments):
-        segment = directed * row_segments + step + back * (row_segments - 1 - 2 * step)
+    segment = directed * row_segments + back * (row_segments - 1)
+    next_passed = tl.load(passed + segment * H + h)
+    # Each segment is a place of its own: what later ones added is fetched while the state goes through earlier ones.
+    for step in tl.range(row_segments, num_stages=4):
         at = between + (segment * H + h).to(tl.int64) * SIZE + i
-        added = tl.load(at, i < SIZE, 0.0)
+        added, passed_ = tl.load(at, i < SIZE, 0.0), next_passed
+        following = segment + tl.where(step + 1 < row_segments, ahead, 0)
+        next_passed = tl.load(passed + following * H + h)
         tl.store(at, state, i < SIZE)
-        state = tl.load(passed + segment * H + h) * state + added
+        state = passed_ * state + added
+        segment += ahead

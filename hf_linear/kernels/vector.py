@@ -116,14 +116,15 @@ class Chunks:
             tile = walk_tile(KP, y.dtype, out is not None)
             tiles = VP // tile["BV"] * (KP // (tile["BK"] * tile["BLOCKS"]))
             transposed = backwards and out is not None
+            kind = {"OUTPUT": out is not None, "TRANSPOSED": transposed, "INITIAL": layout.packed and initial is not None}
             launch(
-                walk_kernel, (tiles, layout.rows * segments, H), (self.signature, out is not None, transposed),
+                walk_kernel, (tiles, layout.rows * segments, H), (self.signature, *kind.values()),
                 (
                     x, z, y, self.scores, self.total, y if out is None else out, x if states is None else states,
                     *[absent if tensor is None else tensor for tensor in optional[1:]], layout.table,
                     layout.T, layout.row_blocks, blocks, segments, H, int(backwards), *[int(t is not None) for t in optional],
                 ),
-                lambda: {"OUTPUT": out is not None, "TRANSPOSED": transposed, "V": self.V, "VP": VP, **self.common, **tile},
+                lambda: {**kind, "V": self.V, "VP": VP, **self.common, **tile},
             )  # fmt: skip
 
         if segments == 1:

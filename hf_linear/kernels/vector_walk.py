@@ -13,20 +13,20 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from hf_linear.kernels.layout import FIELDS, locate
+from hf_linear.kernels.layout import locate, of_document
 from hf_linear.kernels.precise import exp
 from hf_linear.kernels.vector_scores import CHUNK
 
 
 @triton.jit
-def load_state(base, v_, c, has, K: tl.constexpr, V: tl.constexpr):
-    """S^T [BV, BK] from a state [K, V] as users hold it; zeros where there is none."""
-    return tl.load(base + v_[:, None] + c[None, :] * V, (v_ < V)[:, None] & (c < K)[None, :] & (has != 0), 0.0)
+def load_state(base, v_, c, inside, V: tl.constexpr):
+    """S^T [BV, BK] from a state [K, V] as users hold it; zeros outside."""
+    return tl.load(base + v_[:, None] + c[None, :] * V, inside, 0.0)
 
 
 @triton.jit
-def store_state(base, state, v_, c, K: tl.constexpr, V: tl.constexpr):
-    tl.store(base + v_[:, None] + c[None, :] * V, state, (v_ < V)[:, None] & (c < K)[None, :])
+def store_state(base, state, v_, c, inside, V: tl.constexpr):
+    tl.store(base + v_[:, None] + c[None, :] * V, state, inside)
 
 
 # What is there to read and to write is known at run time only: a constant would make a kernel of its own of every combination.
@@ -43,7 +43,7 @@ def walk_kernel(
     backwards, has_states, has_entering, has_leaving, has_passed, has_initial, has_final,
     K: tl.constexpr, KP: tl.constexpr, V: tl.constexpr, VP: tl.constexpr,
     BK: tl.constexpr, BLOCKS: tl.constexpr, BV: tl.constexpr,
-    PACKED: tl.constexpr, OUTPUT: tl.constexpr, TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr,
+    PACKED: tl.constexpr, INITIAL: tl.constexpr, OUTPUT: tl.constexpr, TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program: a tile of the state, a segment of a row's chunks, a head.
 
@@ -61,39 +61,47 @@ def walk_kernel(
     c0 = k_tile * (BK * BLOCKS) + tl.arange(0, BK)
     c1 = BK + c0
     own0, own1 = v_[:, None] * KP + c0[None, :], v_[:, None] * KP + c1[None, :]
+    # Widths without padding need no masks.
+    in_v = ((v_ < V) | (V == VP))[:, None]
+    inside0, inside1 = in_v & ((c0 < K) | (K == KP))[None, :], in_v & ((c1 < K) | (K == KP))[None, :]
     i = tl.arange(0, CHUNK)
     dtype = scores.dtype.element_ty
 
     at_segment = (segment * H + h).to(tl.int64) * (K * V)
-    s0 = load_state(entering + at_segment, v_, c0, has_entering, K, V)
+    s0 = load_state(entering + at_segment, v_, c0, inside0 & (has_entering != 0), V)
     s1 = s0
     if BLOCKS == 2:
-        s1 = load_state(entering + at_segment, v_, c1, has_entering, K, V)
+        s1 = load_state(entering + at_segment, v_, c1, inside1 & (has_entering != 0), V)
     passed0 = tl.zeros((BK,), tl.float32)
     passed1 = tl.zeros((BK,), tl.float32)
 
     steps = 2 * (to_block - from_block)
     chunk = 2 * (row * row_blocks + from_block) + backwards * (steps - 1)
     ahead = 1 - 2 * backwards
-    # The pipeliner fetches ahead only what feeds a product; the decays are fetched a step ahead by hand.
+    # The pipeliner fetches ahead only what feeds a product; decays and places are fetched a step ahead by hand.
     next0 = tl.load(total + (chunk * H + h).to(tl.int64) * KP + c0)
     next1 = next0
     if BLOCKS == 2:
         next1 = tl.load(total + (chunk * H + h).to(tl.int64) * KP + c1)
+    next_start, next_length = locate(chunk, T, row_blocks, table, PACKED, 2)
+    next_document, next_place = of_document(chunk // 2, table, PACKED)
     for step in range(0, steps):
         at_chunk = (chunk * H + h).to(tl.int64)
-        start, length = locate(chunk, T, row_blocks, table, PACKED, 2)
+        start, length, document, place = next_start, next_length, next_document, next_place
+        following = chunk + tl.where(step + 1 < steps, ahead, 0)
+        next_start, next_length = locate(following, T, row_blocks, table, PACKED, 2)
+        next_document, next_place = of_document(following // 2, table, PACKED)
         if PACKED:
-            document = tl.load(table + (chunk // 2) * FIELDS + 2)
-            place = tl.load(table + (chunk // 2) * FIELDS + 3)
             at_document = (document * H + h).to(tl.int64) * (K * V)
-            first, last = (chunk % 2 == 0) & (place % 2 == 1), (chunk % 2 == 1) & (place >= 2)
-            if (first & (backwards == 0)) | (last & (backwards != 0)):
-                passed0 = tl.full((BK,), float("-inf"), tl.float32)
-                passed1 = passed0
-                s0 = load_state(initial + at_document, v_, c0, has_initial, K, V)
-                if BLOCKS == 2:
-                    s1 = load_state(initial + at_document, v_, c1, has_initial, K, V)
+            begins_here = (place >> backwards & 1 & (1 + chunk + backwards)) != 0
+            ends_here = (place >> (1 - backwards) & 1 & (chunk + backwards)) != 0
+            passed0, s0 = tl.where(begins_here, float("-inf"), passed0), tl.where(begins_here, 0.0, s0)
+            if INITIAL:
+                s0 += load_state(initial + at_document, v_, c0, inside0 & begins_here, V)
+            if BLOCKS == 2:
+                passed1, s1 = tl.where(begins_here, float("-inf"), passed1), tl.where(begins_here, 0.0, s1)
+                if INITIAL:
+                    s1 += load_state(initial + at_document, v_, c1, inside1 & begins_here, V)
         if (has_states != 0) & (chunk % 2 == backwards):
             to = states + (chunk // 2 * H + h).to(tl.int64) * (KP * VP)
             tl.store(to + own0, s0.to(dtype))
@@ -101,12 +109,12 @@ def walk_kernel(
                 tl.store(to + own1, s1.to(dtype))
 
         total0, total1 = next0, next1
-        following = ((chunk + tl.where(step + 1 < steps, ahead, 0)) * H + h).to(tl.int64) * KP
-        next0 = tl.load(total + following + c0)
+        at_following = (following * H + h).to(tl.int64) * KP
+        next0 = tl.load(total + at_following + c0)
         if BLOCKS == 2:
-            next1 = tl.load(total + following + c1)
+            next1 = tl.load(total + at_following + c1)
         token_v = (start * H + h) * V + i[None, :] * (H * V) + v_[:, None]
-        y_t = tl.load(y + token_v, (i < length)[None, :] & (v_ < V)[:, None], 0.0).to(dtype)
+        y_t = tl.load(y + token_v, (i < length)[None, :] & in_v, 0.0).to(dtype)
         if OUTPUT:
             x_at = x + at_chunk * (CHUNK * KP) + i[None, :] * KP
             o_t = tl.dot(s0.to(dtype), tl.load(x_at + c0[:, None]), input_precision=PRECISION)
@@ -118,7 +126,7 @@ def walk_kernel(
             else:
                 a = tl.load(a_at + i[:, None] + i[None, :] * CHUNK)
             o_t = tl.dot(y_t, a, o_t, input_precision=PRECISION)
-            tl.store(out + token_v, o_t.to(out.dtype.element_ty), (i < length)[None, :] & (v_ < V)[:, None])
+            tl.store(out + token_v, o_t.to(out.dtype.element_ty), (i < length)[None, :] & in_v)
         z_at = z + at_chunk * (CHUNK * KP) + i[:, None] * KP
         s0 = tl.dot(y_t, tl.load(z_at + c0[None, :]), s0 * exp(total0, PRECISION)[None, :], input_precision=PRECISION)
         passed0 += total0
@@ -126,16 +134,16 @@ def walk_kernel(
             s1 = tl.dot(y_t, tl.load(z_at + c1[None, :]), s1 * exp(total1, PRECISION)[None, :], input_precision=PRECISION)
             passed1 += total1
         if PACKED:
-            if (has_final != 0) & ((last & (backwards == 0)) | (first & (backwards != 0))):
-                store_state(final + at_document, s0, v_, c0, K, V)
+            if (has_final != 0) & ends_here:
+                store_state(final + at_document, s0, v_, c0, inside0, V)
                 if BLOCKS == 2:
-                    store_state(final + at_document, s1, v_, c1, K, V)
+                    store_state(final + at_document, s1, v_, c1, inside1, V)
         chunk += ahead
 
     if has_leaving != 0:
-        store_state(leaving + at_segment, s0, v_, c0, K, V)
+        store_state(leaving + at_segment, s0, v_, c0, inside0, V)
         if BLOCKS == 2:
-            store_state(leaving + at_segment, s1, v_, c1, K, V)
+            store_state(leaving + at_segment, s1, v_, c1, inside1, V)
     if (has_passed != 0) & (v_tile == 0):
         tl.store(passed + (segment * H + h) * KP + c0, passed0)
         if BLOCKS == 2:
@@ -151,13 +159,14 @@ def scan_kernel(
     row, h = tl.program_id(2) // H, tl.program_id(2) % H
     v_ = tl.program_id(0) * BV + tl.arange(0, BV)
     c = tl.program_id(1) * BK + tl.arange(0, BK)
+    inside = (v_ < V)[:, None] & (c < K)[None, :]
     at_row = (row * H + h).to(tl.int64) * (K * V)
-    state = load_state(initial + at_row, v_, c, has_initial, K, V)
+    state = load_state(initial + at_row, v_, c, inside & (has_initial != 0), V)
     for step in range(segments):
         segment = row * segments + step + backwards * (segments - 1 - 2 * step)
         at = local + (segment * H + h).to(tl.int64) * (K * V)
-        added = load_state(at, v_, c, 1, K, V)
-        store_state(at, state, v_, c, K, V)
+        added = load_state(at, v_, c, inside, V)
+        store_state(at, state, v_, c, inside, V)
         state = exp(tl.load(total + (segment * H + h) * KP + c), PRECISION)[None, :] * state + added
     if has_final != 0:
-        store_state(final + at_row, state, v_, c, K, V)
+        store_state(final + at_row, state, v_, c, inside, V)
