@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from conversion import output, source
 from hf_linear.checkpoints.fla import LAYOUTS
@@ -38,7 +38,7 @@ def beside_fla(folder: Path, model: PreTrainedModel) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     arguments = output.parse(output.argument_parser(__doc__, *LAYOUTS), argv)
-    model = source.read(arguments, AutoModelForCausalLM, *LAYOUTS)
+    model = source.read(arguments, None, *LAYOUTS)
 
     def compare(written: Path) -> str:
         return beside_fla(arguments.checkpoint if arguments.to == "ours" else written, model)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from conversion import output, source
 from conversion.pickles import read_state_dict
@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     arguments = output.parse(parser, argv)
     if arguments.checkpoint.is_dir():
-        model = source.read(arguments, AutoModelForCausalLM, LAYOUT)
+        model = source.read(arguments, HyenaForCausalLM, LAYOUT)
         model.generation_config = GenerationConfig.from_model_config(model.config)  # their files name no end of a text
     else:
         fields = json.loads(source.config_path(arguments).read_text())

@@ -69,10 +69,13 @@ def write(
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as scratch:
         folder = Path(scratch) / output.name
+        weights = model.state_dict()
+        if not arguments.verify:
+            model.to("meta")  # `weights` alone holds them, and saving takes them out of it: what is written leaves the memory
         if layout == "ours":
-            model.save_pretrained(folder, max_shard_size=SHARD_SIZE)
+            model.save_pretrained(folder, state_dict=weights, max_shard_size=SHARD_SIZE, save_original_format=False)
         else:
-            save(model, folder, layout, max_shard_size=SHARD_SIZE)
+            save(model, folder, layout, state_dict=weights, max_shard_size=SHARD_SIZE)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         elif arguments.checkpoint.is_dir():

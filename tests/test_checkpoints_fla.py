@@ -11,6 +11,7 @@ import pytest
 import torch
 from checkpoint_files import GOLDEN, golden, same, weights_of, write_repository
 from families import TINY, ids, logits, tiny_model
+from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import hf_linear
@@ -231,11 +232,12 @@ def test_script_there_and_back(hybrid, tmp_path, capsys):
         fla_script.main(["--checkpoint", str(hybrid), "--output", str(tmp_path / "ours")])
 
 
-def test_script_that_is_interrupted_leaves_nothing(hybrid, tmp_path, monkeypatch):
-    def interrupt(*_):
+@pytest.mark.parametrize("step", ["transformers.modeling_utils.safe_save_file", "conversion.output.proof"])
+def test_script_that_is_interrupted_leaves_nothing(step, hybrid, tmp_path, monkeypatch):
+    def interrupt(*_, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("conversion.output.proof", interrupt)
+    monkeypatch.setattr(step, interrupt)
     with pytest.raises(KeyboardInterrupt):
         fla_script.main(["--checkpoint", str(hybrid), "--output", str(tmp_path / "ours"), "--verify"])
     assert [path.name for path in tmp_path.iterdir()] == ["theirs"]
@@ -246,13 +248,44 @@ def memory(name: str) -> int:
     return 1024 * int(re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
 
 
-def test_script_holds_the_weights_once(tmp_path):
-    shape = {"vocab_size": 60000, "hidden_size": 512, "num_hidden_layers": 2, "intermediate_size": 512}
+@pytest.mark.parametrize(
+    "layout, bound",
+    # A shard is a fifth. Written fused, all halves of the MLPs, two fifths, are copied at once.
+    [("fla", 0.4), ("fla_2024", 0.8)],
+)
+def test_script_holds_no_whole_model(layout, bound, tmp_path, monkeypatch):
+    monkeypatch.setattr("conversion.output.SHARD_SIZE", "30MB")
+    shape = {"vocab_size": 20000, "hidden_size": 512, "num_hidden_layers": 4, "intermediate_size": 8192}
     model = GLAForCausalLM(GLAConfig(**shape)).bfloat16()
-    save(model, tmp_path / "theirs", "fla")
-    size = (tmp_path / "theirs" / "model.safetensors").stat().st_size
+    save(model, tmp_path / "theirs", layout)
     del model
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-    before = memory("VmRSS")
-    fla_script.main(["--checkpoint", str(tmp_path / "theirs"), "--output", str(tmp_path / "written")])
-    assert memory("VmHWM") - before < 1.2 * size
+    size = (tmp_path / "theirs" / "model.safetensors").stat().st_size
+    for source, target, to in (("theirs", "ours", "ours"), ("ours", "back", layout)):
+        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+        before = memory("VmRSS")
+        fla_script.main(["--checkpoint", str(tmp_path / source), "--output", str(tmp_path / target), "--to", to])
+        assert memory("VmHWM") - before < bound * size
+    shards = list((tmp_path / "back").glob("model-*.safetensors"))
+    assert len(shards) > 4
+    assert same({key: x for shard in shards for key, x in load_file(shard).items()}, weights_of(tmp_path / "theirs"))
+
+
+@pytest.mark.parametrize("form", ["bin", "file"])
+def test_script_reads_other_files(form, hybrid, tmp_path):
+    expected = AutoModelForCausalLM.from_pretrained(hybrid).state_dict()
+    checkpoint = hybrid / "model.safetensors"
+    if form == "bin":
+        torch.save(weights_of(hybrid), hybrid / "pytorch_model.bin")
+        checkpoint.unlink()
+        checkpoint = hybrid
+    (hybrid / "generation_config.json").write_text('{"max_new_tokens": 7}')
+    fla_script.main(["--checkpoint", str(checkpoint), "--output", str(tmp_path / "ours")])
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
+    assert same(model.state_dict(), expected) and model.generation_config.max_new_tokens == 7
+
+
+def test_script_wants_weights(hybrid, tmp_path):
+    (hybrid / "model.safetensors").rename(hybrid / "weights.safetensors")
+    with pytest.raises(FileNotFoundError, match=r"--checkpoint must hold model\.safetensors, .* name the file of weights"):
+        fla_script.main(["--checkpoint", str(hybrid), "--output", str(tmp_path / "ours")])
+    assert not (tmp_path / "ours").exists()

@@ -59,6 +59,8 @@ def test_every_road_of_the_loader(form, ours, theirs, tmp_path):
     if form == "disk":
         ids = torch.arange(5)[None]
         assert torch.equal(model(ids).logits, ours.eval()(ids).logits)
+        save(model, tmp_path / "back", "fla")
+        assert same(weights_of(tmp_path / "back"), weights_of(theirs))
     else:
         assert same(model.state_dict(), ours.to(options.get("dtype", torch.float32)).state_dict())
 

@@ -154,7 +154,7 @@ class OneTensor(ConversionOps):
         self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **kwargs: Any
     ) -> dict[str, Tensor]:
         several = [x for tensors in input_dict.values() for x in (tensors if isinstance(tensors, list) else [tensors])]
-        if any(not torch.equal(x, several[0]) for x in several):
+        if any(not torch.equal(x, several[0]) for x in several[1:]):
             raise ValueError(f"{sorted(input_dict)} must be one tensor, got some that differ")
         return {target_patterns[0]: several[0][None] if self.backwards else several[0].squeeze(0)}
 

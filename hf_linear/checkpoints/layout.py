@@ -17,8 +17,14 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.core_model_loading import WeightConverter, WeightRenaming, WeightTransform, rename_source_key
-from transformers.modeling_utils import load_state_dict
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    WeightTransform,
+    rename_source_key,
+    revert_weight_conversion,
+)
+from transformers.modeling_utils import load_state_dict, remove_tied_weights_from_state_dict
 from transformers.utils import CONFIG_NAME
 from transformers.utils.loading_report import LoadStateDictInfo
 
@@ -90,7 +96,7 @@ def check_derived(
     derived, transforms = layout.derived(config), layout.transforms(config)
     names = {key: rename(key, transforms)[0] for key in keys} if derived else {}
     wanted = {key: derived[name] for key, name in names.items() if name in derived}
-    found = {key: x for key, x in (state_dict or {}).items() if key in wanted}
+    found = {key: x[...] for key, x in (state_dict or {}).items() if key in wanted}
     for file in files or [] if wanted else []:
         if file.endswith(".safetensors"):
             with safe_open(file, "pt") as opened:
@@ -193,8 +199,12 @@ def rename(key: str, transforms: list[WeightTransform], reverse: bool = False) -
     return rename_source_key(key, names, converters, reverse=reverse)
 
 
-def save(model: PreTrainedModel, folder: str | Path, name: str, **kwargs: Any) -> None:
+def save(
+    model: PreTrainedModel, folder: str | Path, name: str, state_dict: dict[str, Tensor] | None = None, **kwargs: Any
+) -> None:
     """Write a model as another library does: its config.json, its keys. `kwargs` are those of `save_pretrained`.
+
+    A `state_dict` to write in place of the model's own is used up, as by `save_pretrained`.
 
     Raises:
         ValueError: the family has no layout of this name, or the layout cannot say what the model is.
@@ -208,13 +218,17 @@ def save(model: PreTrainedModel, folder: str | Path, name: str, **kwargs: Any) -
         )
     layout = known[name]
     fields = layout.write_config(model.config) | {"dtype": str(model.dtype).removeprefix("torch.")}
-    derived = layout.derived(model.config)
-    if derived:
-        kwargs["state_dict"] = {**(kwargs.get("state_dict") or model.state_dict()), **derived}
+    weights = model.state_dict() if state_dict is None else state_dict
+    weights |= layout.derived(model.config)
+    offloaded = any(x.is_meta for x in weights.values())
     ours = getattr(model, "_weight_conversions", None)
     model._weight_conversions = layout.transforms(model.config)
     try:
-        model.save_pretrained(folder, **kwargs)
+        if not offloaded:  # what is offloaded, Transformers fetches and converts shard by shard
+            held = remove_tied_weights_from_state_dict(weights, model)
+            weights = revert_weight_conversion(model, held)
+            held.clear()  # so that a shard, once written, may leave the memory
+        model.save_pretrained(folder, state_dict=weights, save_original_format=offloaded, **kwargs)
     finally:
         model._weight_conversions = ours
     (Path(folder) / CONFIG_NAME).write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
