@@ -85,6 +85,14 @@ def test_strong_decays(dtype, decay, kind):
     assert_as_exact_as_chunked(*make_inputs(1, 150, 2, 32, 16, kind, dtype, decay=decay))
 
 
+@pytest.mark.parametrize("chunk", [0, 1])
+def test_a_strong_chunk_and_a_mild_one_in_a_block(chunk):
+    """Each form of the gradients makes states of what the other form's chunk left."""
+    inputs, d_outputs = make_inputs(1, 120, 1, 32, 16, PER_CHANNEL, torch.float16)
+    inputs[3][:, 64 * chunk : 64 * (chunk + 1)] -= 0.3
+    assert_as_exact_as_chunked(inputs, d_outputs)
+
+
 @kinds
 def test_half_precision(kind):
     assert_as_exact_as_chunked(*make_inputs(1, 200, 2, 32, 48, kind, torch.float16))

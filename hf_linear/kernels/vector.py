@@ -1,8 +1,8 @@
 """Linear attention with a decay a key channel: the launches, forward and backward.
 
 Forward: scores within chunks (`vector_scores`), then one walk of the state over them (`vector_walk`). Backward: the scores
-again, a walk forward that keeps a state a block, a walk backward that writes dv and keeps the state's gradient a block, and
-then all blocks in parallel (`vector_gradients`). Nothing but the inputs is kept for the backward pass.
+again, a walk forward that keeps a state a block, a walk backward that writes dv and keeps the state's gradient a chunk, and
+then all chunks in parallel (`vector_gradients`). Nothing but the inputs is kept for the backward pass.
 
 Where rows, heads and tiles of V are too few to fill the GPU, rows are cut into segments: each adds up what it contributes to
 the state, a scan over the segments gives the state that enters each, and the walks start from there.
@@ -13,9 +13,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hf_linear.kernels.launch import cdiv, launch, product_precision, ready
+from hf_linear.kernels.launch import cdiv, launch, multiprocessors, product_precision, ready
 from hf_linear.kernels.layout import make_layout, row_segments
-from hf_linear.kernels.vector_gradients import gradient_kernel
+from hf_linear.kernels.vector_gradients import FLAGS, exact_gradient_kernel, mild_gradient_kernel
 from hf_linear.kernels.vector_scores import CHUNK, MILD, scores_kernel
 from hf_linear.kernels.vector_walk import scan_kernel, walk_kernel
 
@@ -45,7 +45,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """The gradients of q, k, v, g (None unless needed) and the initial state (None where there is none)."""
     run = Chunks(q, k, v, g, scale, cu_seqlens)
-    states, d_states = run.new_states(), run.new_states()
+    states, d_states = run.new_states(a_block=1), run.new_states(a_block=2)
     dv, d_initial = v.new_empty(v.shape), None if initial_state is None else run.new_state(d_final)
     do = ready(do)
     run.walk(run.v, states=states, initial=initial_state)
@@ -74,12 +74,12 @@ class Chunks:
         # All that compiled kernels depend on, besides what a launch adds.
         self.signature = (v.dtype, self.K, self.V, self.layout.packed)
         # Without a mild form, which sets them, all chunks are exact.
-        strong = (torch.empty if self.mild else torch.ones)(chunks, H, dtype=torch.int8, device=v.device)
+        self.strong = (torch.empty if self.mild else torch.ones)(chunks, H, dtype=torch.int8, device=v.device)
         for exact in self.forms():
             launch(
                 scores_kernel, (chunks, H), (self.signature, exact),
                 (
-                    self.q, self.k, self.g, self.x, self.z, self.scores, self.total, strong, self.layout.table,
+                    self.q, self.k, self.g, self.x, self.z, self.scores, self.total, self.strong, self.layout.table,
                     scale, self.mild, T, self.layout.row_blocks, H,
                 ), lambda exact=exact: {"EXACT": exact, **self.common, **score_tile(v.dtype, exact)},
             )  # fmt: skip
@@ -91,8 +91,8 @@ class Chunks:
     def new_state(self, like: Tensor | None) -> Tensor:
         return self.layout.new_state(like, self.v, self.H, self.K, self.V)
 
-    def new_states(self) -> Tensor:
-        return self.v.new_empty(self.layout.blocks, self.H, self.VP, self.KP)
+    def new_states(self, a_block: int) -> Tensor:
+        return self.v.new_empty(a_block * self.layout.blocks, self.H, self.VP, self.KP)
 
     def walk(
         self,
@@ -148,18 +148,31 @@ class Chunks:
         walk_segments(out=out, states=states, entering=between, **documents)
 
     def gradients(self, do: Tensor, states: Tensor, d_states: Tensor, needs_dg: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-        layout, H, tile = self.layout, self.H, gradient_tile(self.v.dtype, self.VP)
+        layout, H, chunks = self.layout, self.H, 2 * self.layout.blocks
         dq, dk = self.q.new_empty(self.q.shape), self.k.new_empty(self.k.shape)
         dg = self.g.new_empty(self.g.shape) if needs_dg else None
-        for exact in self.forms():
-            kind = {"EXACT": exact, "DG": needs_dg, "V": self.V, "VP": self.VP}
+        results = (dq, dk, dq if dg is None else dg, layout.table)
+        constants = {"DG": needs_dg, "V": self.V, "VP": self.VP, **self.common}
+        if self.mild:
+            tile = gradient_tile(self.v.dtype, exact=False)
             launch(
-                gradient_kernel, (self.KP // tile["BK"], layout.blocks, H), (self.signature, exact, needs_dg),
+                mild_gradient_kernel, (self.KP // tile["BK"], chunks, H), (self.signature, needs_dg),
                 (
-                    self.q, self.k, self.v, do, self.g, self.total, states, d_states, dq, dk, dq if dg is None else dg,
-                    layout.table, self.scale, self.mild, layout.T, layout.row_blocks, H,
-                ), lambda kind=kind: {**kind, **self.common, **tile},
+                    self.v, do, self.g, self.x, self.z, self.total, self.strong, states, d_states, *results,
+                    self.scale, layout.T, layout.row_blocks, H,
+                ), lambda: {**constants, **tile},
             )  # fmt: skip
+        tile = gradient_tile(self.v.dtype, exact=True)
+        # Programs that mostly find nothing to do; but where few are needed, or all have work, one for each chunk.
+        enough = 8 * multiprocessors(do.device)
+        together = min(max(self.KP // tile["BK"] * chunks * H // enough, 1), FLAGS.value) if self.mild else 1
+        launch(
+            exact_gradient_kernel, (self.KP // tile["BK"], cdiv(chunks, together), H), (self.signature, needs_dg),
+            (
+                self.q, self.k, self.v, do, self.g, self.z, self.total, self.strong, states, d_states, *results,
+                self.scale, layout.T, layout.row_blocks, chunks, together, H,
+            ), lambda: {**constants, **tile},
+        )  # fmt: skip
         return dq, dk, dg
 
 
@@ -177,11 +190,10 @@ def walk_tile(KP: int, dtype: torch.dtype, output: bool) -> dict[str, int]:
     return {"BK": BK, "BLOCKS": KP // BK, "BV": BV, "num_warps": 4, "num_stages": 1 if single else 2}
 
 
-def gradient_tile(dtype: torch.dtype, VP: int) -> dict[str, int]:
+def gradient_tile(dtype: torch.dtype, exact: bool) -> dict[str, int]:
     if dtype == torch.float32:
         return {"BK": 32, "BV": 32, "num_warps": 8, "num_stages": 1}
-    # 32 channels spill less. Of one tile of V alone Triton 3.6 makes a kernel of them that reads where it must not.
-    return {"BK": 64 if VP == 64 else 32, "BV": 64, "num_warps": 8, "num_stages": 3}
+    return {"BK": 64, "BV": 64, "num_warps": 8 if exact else 4, "num_stages": 3}
 
 
 SCAN_TILE = {"BK": 64, "BV": 32}

@@ -49,7 +49,7 @@ def walk_kernel(
 
     entering, leaving: the state before and after a segment; initial, final: of the documents of a packed row; passed: the
     segment's total decay. Outputs sum over all of K, so there the tile's one or two blocks of BK channels cover it.
-    TRANSPOSED: A is. `states`, which are ours alone, are [VP, KP], padded.
+    TRANSPOSED: A is. `states`, which are ours alone, are [VP, KP], padded: one a block forward, one a chunk backward.
     """
     segment, h = tl.program_id(1), tl.program_id(2)
     row = segment // segments
@@ -102,8 +102,8 @@ def walk_kernel(
                 passed1, s1 = tl.where(begins_here, float("-inf"), passed1), tl.where(begins_here, 0.0, s1)
                 if INITIAL:
                     s1 += load_state(initial + at_document, v_, c1, inside1 & begins_here, V)
-        if (has_states != 0) & (chunk % 2 == backwards):
-            to = states + (chunk // 2 * H + h).to(tl.int64) * (KP * VP)
+        if (has_states != 0) & ((backwards != 0) | (chunk % 2 == 0)):
+            to = states + ((chunk >> (1 - backwards)) * H + h).to(tl.int64) * (KP * VP)
             tl.store(to + own0, s0.to(dtype))
             if BLOCKS == 2:
                 tl.store(to + own1, s1.to(dtype))
