@@ -93,8 +93,8 @@ def largest(x, HALF: tl.constexpr):
 def along_columns(re, im, mr, mi, HALF: tl.constexpr):
     """M x."""
     zero = tl.zeros(re.shape, tl.float32)
-    re, im, minus = factor(re, HALF), factor(im, HALF), factor(-im, HALF)
-    return product(mi, minus, product(mr, re, zero, HALF), HALF), product(mi, re, product(mr, im, zero, HALF), HALF)
+    re, im = factor(re, HALF), factor(im, HALF)
+    return product(mr, re, zero, HALF) - product(mi, im, zero, HALF), product(mi, re, product(mr, im, zero, HALF), HALF)
 
 
 @triton.jit

@@ -20,7 +20,6 @@ from hf_linear.kernels.long_conv_columns import (
     convolve_middle_kernel,
     differentiate_middle_kernel,
     filter_gradient_kernel,
-    filter_gradient_middle_kernel,
     gradients_kernel,
     outputs_kernel,
     spread_kernel,
@@ -210,19 +209,16 @@ class Convolution:
         dh = self.new_filter_gradient()
         dskip = None if self.skip is None else self.skip.new_empty(self.tiles, self.B, self.D)
         size, groups = self.groups(2 * self.B + 2)
-        zp, zg, zh, zdh = (self.u.new_empty(rows * groups[0][1] * size, dtype=torch.float32) for rows in (self.B, self.B, 1, 1))
+        z = self.u.new_empty((2 * self.B + 2) * groups[0][1] * size, dtype=torch.float32)
         for c0, C in groups:
+            parts = [rows * C * size for rows in (self.B, self.B, 1, 1)]
+            zp, zg, zh, zdh = z[: sum(parts)].split(parts)
             self.spread(self.u, self.pre, None, zp, c0, C)
             self.spread(dy, self.post, None, zg, c0, C)
             self.spread_filter(zh, c0, C)
             launch(
-                differentiate_middle_kernel, (self.plan.N1, C), self.signature,
-                (zp, zg, zh, zdh, *self.matrices, self.plan.N1, C, self.B),
+                differentiate_middle_kernel, (self.plan.N1, C), self.signature, (z, *self.matrices, self.plan.N1, C, self.B),
                 lambda: {"POST": self.flags["POST"], "HALF": self.half, **self.plan.row},
-            )  # fmt: skip
-            launch(
-                filter_gradient_middle_kernel, (self.plan.N1, C), (self.half, self.plan.N2),
-                (zdh, *self.matrices, self.plan.N1), lambda: {"HALF": self.half, **self.plan.row},
             )  # fmt: skip
             launch(
                 gradients_kernel, (self.tiles, self.B * C), (self.signature, dstate is None),

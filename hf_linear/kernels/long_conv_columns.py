@@ -3,7 +3,7 @@
 N = N1 N2 >= T, t = n1 N2 + n2, k = k1 + N1 k2:    X = (R * (M x)) F with M of size N1 and F of size N2, as in `fourier`
   spread     columns: R * (M x) of u, of g = post dy and of the filter -> scratch
   middle     rows: times F, times the filter's spectrum or conjugate, and back, in place; there the filter's gradient is summed
-             over the batch by the one program that has its row
+             over the batch by the one program that has its row. The gradients need three spectra at once: they lie in scratch
   collect    columns: the way back of R and M, then gates and skip
 
 N1 <= 128 is any integer, padded with zeros to P1, a power of two, in the products. Scratch [rows, N1, 2, N2] float32, real and
@@ -103,55 +103,43 @@ def convolve_middle_kernel(z, zh, outer, inner, N1, C, B, A: tl.constexpr, W: tl
 
 @triton.jit(do_not_specialize=["N1", "C", "B"])
 def differentiate_middle_kernel(
-    zp, zg, zh, zdh, outer, inner, N1, C, B, A: tl.constexpr, W: tl.constexpr, POST: tl.constexpr, HALF: tl.constexpr
+    z, outer, inner, N1, C, B, A: tl.constexpr, W: tl.constexpr, POST: tl.constexpr, HALF: tl.constexpr
 ):
-    """As above. zp of p becomes that of h * p (POST alone needs it), zg of g that of h ~ g. zh of h becomes its spectrum, read
-    again for every row, for registers do not hold it; zdh the spectrum of sum p ~ g."""
+    """As above, with all rows of the channels in z [2 B + 2, C, N1, 2, A W]: those of p become those of h * p (POST alone needs
+    them), of g those of h ~ g, that of h its spectrum, and the last is that of sum p ~ g. All spectra are made first, in place,
+    and read back: registers hold one transform."""
     k1, c = tl.program_id(0), tl.program_id(1).to(tl.int64)
     size: tl.constexpr = A * W
     n = tl.arange(0, A)[:, None] * W + tl.arange(0, W)[None, :]
     every = n >= 0
     mr, mi = matrix(outer, A)
     fr, fi = matrix(inner, W)
-    zh += (c * N1 + k1) * (2 * size)
-    zdh += (c * N1 + k1) * (2 * size)
-    re, im = load_complex(zh, n, every, size)
-    re, im = spectrum(re, im, mr, mi, fr, fi, HALF)
-    tl.debug_barrier()  # all threads have read what the next line overwrites
-    store_complex(zh, n, re, im, size)
+    step = C.to(tl.int64) * N1 * (2 * size)
+    z += (c * N1 + k1) * (2 * size)
+    zh = z + 2 * B * step
+    for i in range(2 * B + 1):
+        re, im = load_complex(z + i * step, n, every, size)
+        re, im = spectrum(re, im, mr, mi, fr, fi, HALF)
+        tl.debug_barrier()  # all threads have read what the next line overwrites
+        store_complex(z + i * step, n, re, im, size)
+    tl.debug_barrier()  # what other threads wrote is there
+    re = tl.zeros((A, W), tl.float32)
+    im = tl.zeros((A, W), tl.float32)
     for b in range(B):
-        tl.debug_barrier()  # what other threads wrote to the spectra is there
-        row = ((b * C + c) * N1 + k1) * (2 * size)
-        re, im = load_complex(zp + row, n, every, size)
-        pr, pi = spectrum(re, im, mr, mi, fr, fi, HALF)
-        if POST:
-            hr, hi = load_complex(zh, n, every, size)
-            re, im = times(pr, pi, hr, hi)
-            re, im = signal(re, im, mr, mi, fr, fi, HALF)
-            store_complex(zp + row, n, re, im, size)
-        re, im = load_complex(zg + row, n, every, size)
-        gr, gi = spectrum(re, im, mr, mi, fr, fi, HALF)
-        re, im = times(gr, gi, pr, -pi)
-        before_r, before_i = load_complex(zdh, n, b > 0, size)
-        store_complex(zdh, n, before_r + re, before_i + im, size)
-        hr, hi = load_complex(zh, n, every, size)
-        re, im = times(gr, gi, hr, -hi)
-        re, im = signal(re, im, mr, mi, fr, fi, HALF)
-        store_complex(zg + row, n, re, im, size)
-
-
-@triton.jit(do_not_specialize=["N1"])
-def filter_gradient_middle_kernel(zdh, outer, inner, N1, A: tl.constexpr, W: tl.constexpr, HALF: tl.constexpr):
-    """Row k1 of a channel's spectrum in zdh [C, N1, 2, A W] transformed back, in place."""
-    k1, c = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    n = tl.arange(0, A)[:, None] * W + tl.arange(0, W)[None, :]
-    mr, mi = matrix(outer, A)
-    fr, fi = matrix(inner, W)
-    row = zdh + (c * N1 + k1) * (2 * A * W)
-    re, im = load_complex(row, n, n >= 0, A * W)
+        pr, pi = load_complex(z + b * step, n, every, size)
+        gr, gi = load_complex(z + (B + b) * step, n, every, size)
+        gr, gi = times(gr, gi, pr, -pi)
+        re += gr
+        im += gi
     re, im = signal(re, im, mr, mi, fr, fi, HALF)
-    tl.debug_barrier()  # all threads have read what the next line overwrites
-    store_complex(row, n, re, im, A * W)
+    store_complex(zh + step, n, re, im, size)
+    for i in range(0 if POST else B, 2 * B):
+        hr, hi = load_complex(zh, n, every, size)
+        re, im = load_complex(z + i * step, n, every, size)
+        re, im = times(re, im, hr, tl.where(i < B, hi, -hi))
+        re, im = signal(re, im, mr, mi, fr, fi, HALF)
+        tl.debug_barrier()  # as above
+        store_complex(z + i * step, n, re, im, size)
 
 
 @triton.jit(do_not_specialize=["T", "D", "c0", "C", "N1"])
