@@ -13,23 +13,13 @@ import triton.language as tl
 from hf_linear.kernels.layout import BLOCK
 from hf_linear.kernels.precise import exp
 
-TILE = tl.constexpr(16)  # tokens
+TILE = tl.constexpr(8)  # tokens
+LEVELS = tl.constexpr(TILE.value.bit_length() - 1)
 TILES = tl.constexpr(BLOCK.value // TILE.value)  # of a block
-CHANNELS = 128  # of a program, one a thread
 RUN_TIME = ("T", "row_blocks", "segment_blocks", "row_segments", "given", "tokens")
 UNALIGNED = (
-    *("x", "v", "dt", "A", "D", "z", "bias", "y", "initial", "final", "states", "edge", "added", "total", "entering"),
-    *("dy", "d_final", "d_initial", "dx", "ddt", "dz", "dA", "dD", "dbias", "carry", "B", "C"),
+    *("v", "D", "bias", "initial", "final", "edge", "B", "C", "d_final"),
 )
-
-
-@triton.jit
-def pick(tile, here, axis: tl.constexpr):
-    """The slice of a tile that the mask says, along an axis whose places are registers of one thread.
-
-    Summed as integers, for which 0 + x is x: nothing is left of it in the compiled kernel.
-    """
-    return tl.sum(tl.where(here, tile.to(tl.int32, bitcast=True), 0), axis).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -64,9 +54,77 @@ def numbers_kernel(B, C, BC, tokens, B_stride, C_stride, N: tl.constexpr, NP: tl
 
 
 @triton.jit
-def load_numbers(BC, first, t: tl.constexpr, NP: tl.constexpr):
-    """B and C of a tile's token t, [NP] each: 16 bytes at a time."""
-    return tl.split(tl.reshape(tl.load(BC + first * (2 * NP) + (t * (2 * NP) + tl.arange(0, 2 * NP))), (NP, 2)))
+def rows_of(tile):
+    """The rows of a tile [2^k, BD], [BD] each, in registers of every thread that has the channels, however the tile lay."""
+    # Triton would compute what led here anew in every thread, but not a sum.
+    parts = (tl.sum(tl.reshape(tile, (TILE, tile.shape[1], 1)), 2),)
+    for level in tl.static_range(LEVELS):
+        halves = ()
+        for k in tl.static_range(2**level):
+            two = tl.reshape(parts[k], (2, TILE // 2 ** (level + 1), tile.shape[1]))
+            a, b = tl.split(tl.permute(two, (1, 2, 0)))
+            halves = halves + (a, b)
+        parts = halves
+    rows = ()
+    for k in tl.static_range(TILE):
+        rows = rows + (tl.reshape(parts[k], (tile.shape[1],)),)
+    return rows
+
+
+@triton.jit
+def stack(rows):
+    """[TILE, ...] of its rows [...]."""
+    parts = ()
+    for k in tl.static_range(TILE):
+        parts = parts + (tl.reshape(rows[k], (1, rows[k].numel)),)
+    for level in tl.static_range(LEVELS):
+        pairs = ()
+        for k in tl.static_range(TILE // 2 ** (level + 1)):
+            both = tl.permute(tl.join(parts[2 * k], parts[2 * k + 1]), (2, 0, 1))
+            pairs = pairs + (tl.reshape(both, (2 ** (level + 1), rows[0].numel)),)
+        parts = pairs
+    return parts[0]
+
+
+@triton.jit
+def tile_of(rows, GROUPS: tl.constexpr, BD: tl.constexpr):
+    """[TILE, BD] of its rows [GROUPS, BD], summed over groups: warps each have some states of a channel."""
+    return over_groups(tl.reshape(stack(rows), (TILE, GROUPS, BD)), GROUPS)
+
+
+@triton.jit
+def side_sums(x, SIDE: tl.constexpr):
+    """The sums over a thread's own channels: [GROUPS, NI, BD / SIDE] of x [GROUPS, NI, BD]."""
+    return tl.sum(tl.reshape(x, (x.shape[0], x.shape[1], x.shape[2] // SIDE, SIDE)), 3)
+
+
+@triton.jit
+def store_sums(to, rows, sums, NP: tl.constexpr):
+    """The sums over channels of a tile's `sums`, TILE times [GROUPS, NI, L], to [TILE, NP] of which `rows` are tokens."""
+    L: tl.constexpr = sums[0].shape[2]
+    total = over_groups(tl.reshape(stack(sums), (TILE * NP, L, 1)), L)
+    k = tl.arange(0, TILE * NP)
+    tl.store(to + k, tl.reshape(total, (TILE * NP,)), k < rows * NP)
+
+
+@triton.jit
+def over_groups(x, GROUPS: tl.constexpr):
+    """[R, BD] of x [R, GROUPS, BD]: through shared memory once, and summed by one thread, in a fixed order."""
+    for level in tl.static_range(8):
+        if x.shape[1] > 1:
+            two = tl.reshape(x, (x.shape[0], 2, x.shape[1] // 2, x.shape[2]))
+            a, b = tl.split(tl.permute(two, (0, 2, 3, 1)))
+            x = a + b
+    return tl.reshape(x, (x.shape[0], x.shape[2]))
+
+
+@triton.jit
+def load_group(BC, first, t: tl.constexpr, NI: tl.constexpr, GROUPS: tl.constexpr):
+    """B and C of a tile's token t, [GROUPS, NI, 1] each."""
+    NP: tl.constexpr = NI * GROUPS
+    both = tl.load(BC + first * (2 * NP) + (t * (2 * NP) + tl.arange(0, 2 * NP)))
+    B_t, C_t = tl.split(tl.reshape(both, (GROUPS, NI, 2)))
+    return B_t[:, :, None], C_t[:, :, None]
 
 
 @triton.jit
