@@ -109,24 +109,24 @@ class Scan:
         d_initial, tokens = self.new_state(d_final), self.batch * self.T
         dA = self.new_parts(self.N, self.width)
         dD, dbias = self.new_parts(self.width), self.new_parts(self.width)
-        dB, dC = (self.x.new_empty(self.blocks, tokens, self.NP, dtype=torch.float32) for _ in range(2))
+        dBC = self.x.new_empty(2, self.blocks, tokens, self.NP, dtype=torch.float32)
         self.launch(
             gradient_kernel, (dy.dtype, states.dtype),
             (
                 self.x, self.dt, self.A, self.BC, self.D, self.z, self.bias, states, dy, absent(d_final, d_initial),
-                d_initial, dx, ddt, dz, dA, dB, dC, dD, dbias, self.between(True, dy, d_final), self.layout.table,
+                d_initial, dx, ddt, dz, dA, dBC, dD, dbias, self.between(True, dy, d_final), self.layout.table,
                 *self.sizes(d_final), tokens,
             ),
             X_STRIDE=self.x.stride(1), GATE=self.z is not None,
         )  # fmt: skip
-        dB, dC = (y.sum(0).view(self.batch, self.T, self.NP)[..., : self.N] for y in (dB, dC))
+        dB, dC = dBC.sum(1).view(2, self.batch, self.T, self.NP)[..., : self.N].unbind()
         return dx, ddt, dA.sum(0).T, dB, dC, dD.sum(0), dz, dbias.sum(0), d_initial
 
 
 def side_by_side(B: Tensor, C: Tensor, NP: int) -> Tensor:
-    """[tokens + TILE, NP, 2] float32, zeros from N on."""
+    """[tokens + TILE, 2, NP] float32, zeros from N on."""
     B, C, (batch, T, N) = evenly_spaced(B), evenly_spaced(C), B.shape
-    BC = B.new_empty(batch * T + TILE.value, NP, 2, dtype=torch.float32)
+    BC = B.new_empty(batch * T + TILE.value, 2, NP, dtype=torch.float32)
     launch(
         numbers_kernel, (cdiv(len(BC), ROWS),), (B.dtype, C.dtype, N),
         (B, C, BC, batch * T, B.stride(1), C.stride(1)), lambda: {"N": N, "NP": NP, "ROWS": ROWS},

@@ -20,6 +20,8 @@ from hf_linear.kernels.selective_scan_tiles import (
     TILE,
     TILES,
     UNALIGNED,
+    apart,
+    behind,
     decay_of,
     load_group,
     load_tile,
@@ -27,15 +29,26 @@ from hf_linear.kernels.selective_scan_tiles import (
     side_sums,
     sigmoid,
     step_sizes,
-    store_sums,
     store_tile,
+    sums_over_channels,
     tile_of,
 )
 
 
+@triton.jit
+def add_to(total, lost, x, PRECISE: tl.constexpr):
+    """total + x, and PRECISE what the sums so far lost by rounding."""
+    if PRECISE:
+        x -= lost
+        new = total + x
+        return new, (new - total) - x
+    else:
+        return total + x, lost
+
+
 @triton.jit(do_not_specialize=RUN_TIME, do_not_specialize_on_alignment=UNALIGNED)
 def gradient_kernel(
-    x, dt, A, BC, D, z, bias, states, dy, d_final, d_initial, dx, ddt, dz, dA, dB, dC, dD, dbias, carry, table,
+    x, dt, A, BC, D, z, bias, states, dy, d_final, d_initial, dx, ddt, dz, dA, dBC, dD, dbias, carry, table,
     T, row_blocks, segment_blocks, row_segments, given, tokens,
     WIDTH: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, GROUPS: tl.constexpr, SIDE: tl.constexpr, BD: tl.constexpr,
     X_STRIDE: tl.constexpr, DT_STRIDE: tl.constexpr, Z_STRIDE: tl.constexpr,
@@ -45,7 +58,7 @@ def gradient_kernel(
 
     dy, dx, ddt, dz: [tokens, WIDTH]; d_final, d_initial: [documents, N, WIDTH]. carry: [segments, N, WIDTH], the gradient of
     the state that leaves a segment of several. Partial sums, added up by the caller, so that every run gives the same bits:
-    dA [segments, N, WIDTH]; dB, dC [WIDTH / BD, tokens, NP]; dD, dbias [segments, WIDTH].
+    dA [segments, N, WIDTH]; dBC [2, WIDTH / BD, tokens, NP], dD, dbias [segments, WIDTH].
     grid     (WIDTH / BD, segments)
     traffic  x, dt, z, dy, dx, ddt and dz once, and x, dt, z and dy again from the L2: 14 bytes a token and channel in
              bfloat16; of the states 4 at N = 16; of dB and dC 2 N / BD floats
@@ -65,6 +78,7 @@ def gradient_kernel(
     D_, bias_ = tl.load(D + d, in_d, 0.0)[None, :], tl.load(bias + d, in_d, 0.0)[None, :]
     dA_ = tl.zeros((GROUPS, NI, BD), tl.float32)
     dD_, dbias_ = tl.zeros((TILE, BD), tl.float32), tl.zeros((TILE, BD), tl.float32)
+    lost_A, lost_D, lost_bias = dA_, dD_, dbias_
     dh = tl.load(carry + segment * SIZE + of_state, in_state & (row_segments > 1), 0.0)
     if not PACKED:
         if last_block == row_blocks:
@@ -86,33 +100,32 @@ def gradient_kernel(
             if GATE:
                 z_ = load_tile(z, first, rows, d, Z_STRIDE, WIDTH, BD)
                 g *= z_ * sigmoid(z_, PRECISE)
-            steps, added, read = rows_of(dt_), rows_of(dt_ * x_), rows_of(g)
-            decays, passed, reads, dCs = (), (), (), ()
+            both, read = rows_of(behind(dt_, dt_ * x_), 2 * TILE), rows_of(g, TILE)
+            decays, states_ = (), ()
             for t in tl.static_range(TILE):
-                B_t, C_t = load_group(BC, first, t, NI, GROUPS)
-                decay = decay_of(steps[t][None, None, :] * A_, PRECISE)
-                q = decay * h
-                h = q + added[t][None, None, :] * B_t
-                decays, passed = decays + (decay,), passed + (q,)
-                reads = reads + (tl.sum(h * C_t, 1),)
-                dCs = dCs + (side_sums(read[t][None, None, :] * h, SIDE),)
-            y_ = tile_of(reads, GROUPS, BD)
-            to = (tl.program_id(0).to(tl.int64) * tokens + first) * NP
-            store_sums(dC + to, rows, dCs, NP)
-            dus, ddts, dBs = (), (), ()
+                B_t, _ = load_group(BC, first, t, NI, GROUPS)
+                decay = decay_of(both[t][None, None, :] * A_, PRECISE)
+                decays, states_ = decays + (decay,), states_ + (h,)
+                h = decay * h + both[TILE + t][None, None, :] * B_t
+            tl.debug_barrier()  # or B and C would be kept in registers from above
+            ys, dus, ddts, dBs, dCs = (), (), (), (), ()
             own = tl.zeros((GROUPS, NI, BD), tl.float32)  # added up apart, for fewer roundings
             for s in tl.static_range(TILE):
+                step, u, g_ = both[TILE - 1 - s][None, None, :], both[2 * TILE - 1 - s][None, None, :], read[TILE - 1 - s][None, None, :]
                 B_t, C_t = load_group(BC, first, TILE - 1 - s, NI, GROUPS)
-                dh += read[TILE - 1 - s][None, None, :] * C_t
-                e = dh * passed[TILE - 1 - s]
-                own += e * steps[TILE - 1 - s][None, None, :]
-                dus = (tl.sum(dh * B_t, 1),) + dus
-                ddts = (tl.sum(e * A_, 1),) + ddts
-                dBs = (side_sums(added[TILE - 1 - s][None, None, :] * dh, SIDE),) + dBs
+                ys, dCs = (tl.sum(h * C_t, 1),) + ys, (side_sums(g_ * h, SIDE),) + dCs
+                dh += g_ * C_t
+                dus, dBs = (tl.sum(dh * B_t, 1),) + dus, (side_sums(u * dh, SIDE),) + dBs
                 dh *= decays[TILE - 1 - s]
-            dA_ += own
-            store_sums(dB + to, rows, dBs, NP)
-            du, ddt_ = tile_of(dus, GROUPS, BD), tile_of(ddts, GROUPS, BD)
+                h = states_[TILE - 1 - s]
+                own += dh * h * step
+                ddts = (tl.sum(dh * h * A_, 1),) + ddts
+            dA_, lost_A = add_to(dA_, lost_A, own, PRECISE)
+            k, R = tl.arange(0, 2 * TILE * NP), TILE * NP
+            to = dBC + ((tl.program_id(0).to(tl.int64) * tokens + first) * NP + k % R + k // R * (tl.num_programs(0).to(tl.int64) * tokens * NP))
+            tl.store(to, sums_over_channels(dBs + dCs, 2 * TILE, NP), k % R < rows * NP)
+            du, ddt_ = apart(tile_of(dus + ddts, 2 * TILE, GROUPS, BD))
+            y_ = tile_of(ys, TILE, GROUPS, BD)
             # The inputs again: their registers would be missed above.
             x_ = load_tile(x, first, rows, d, X_STRIDE, WIDTH, BD)
             ddt_ = ddt_ * 0.6931471805599453 + x_ * du
@@ -121,15 +134,17 @@ def gradient_kernel(
                 ddt_ *= sigmoid(raw + bias_, PRECISE)
             else:
                 ddt_ = tl.where((i < rows)[:, None], ddt_, 0.0)
-            dD_ += g * x_
-            dbias_ += ddt_
-            store_tile(dx, first, rows, d, dt_ * du + D_ * g, WIDTH, WIDTH, BD)
-            store_tile(ddt, first, rows, d, ddt_, WIDTH, WIDTH, BD)
+            g = load_tile(dy, first, rows, d, WIDTH, WIDTH, BD)
             if GATE:
                 z_ = load_tile(z, first, rows, d, Z_STRIDE, WIDTH, BD)
                 gate = sigmoid(z_, PRECISE)
-                slope = gate * (1 + z_ * (1 - gate)) * (y_ + D_ * x_)
-                store_tile(dz, first, rows, d, load_tile(dy, first, rows, d, WIDTH, WIDTH, BD) * slope, WIDTH, WIDTH, BD)
+                slope = gate * (1 + z_ * (1 - gate))
+                store_tile(dz, first, rows, d, g * (y_ + D_ * x_) * slope, WIDTH, WIDTH, BD)
+                g *= z_ * gate
+            dD_, lost_D = add_to(dD_, lost_D, g * x_, PRECISE)
+            dbias_, lost_bias = add_to(dbias_, lost_bias, ddt_, PRECISE)
+            store_tile(dx, first, rows, d, dt_ * du + D_ * g, WIDTH, WIDTH, BD)
+            store_tile(ddt, first, rows, d, ddt_, WIDTH, WIDTH, BD)
         if PACKED:
             if (place & 1) != 0:
                 tl.store(d_initial + document * SIZE + of_state, dh, in_state)

@@ -17,6 +17,7 @@ from hf_linear.kernels.selective_scan_tiles import (
     RUN_TIME,
     TILE,
     UNALIGNED,
+    behind,
     decay_of,
     load_group,
     load_tile,
@@ -73,11 +74,11 @@ def segment_kernel(
             elif GATE:
                 z_ = load_tile(z, first, rows, d, Z_STRIDE, WIDTH, BD)
                 value *= z_ * sigmoid(z_, PRECISE)
-            steps, values = rows_of(dt_), rows_of(value)
+            both = rows_of(behind(dt_, value), 2 * TILE)
             for s in tl.static_range(TILE):
                 B_t, C_t = load_group(BC, first, TILE - 1 - s if BACK else s, NI, GROUPS)
-                own = values[TILE - 1 - s if BACK else s][None, None, :] * (C_t if BACK else B_t)
-                decay = decay_of(steps[TILE - 1 - s if BACK else s][None, None, :] * A_, PRECISE)
+                own = both[TILE + (TILE - 1 - s if BACK else s)][None, None, :] * (C_t if BACK else B_t)
+                decay = decay_of(both[TILE - 1 - s if BACK else s][None, None, :] * A_, PRECISE)
                 h = decay * (h + own) if BACK else decay * h + own
             sum_ += dt_
     tl.store(added + segment * SIZE + of_state, h, in_state)

@@ -44,52 +44,67 @@ def load_tile(x, first, rows, d, STRIDE: tl.constexpr, WIDTH: tl.constexpr, BD: 
 
 @triton.jit(do_not_specialize=("tokens", "B_stride", "C_stride"), do_not_specialize_on_alignment=UNALIGNED)
 def numbers_kernel(B, C, BC, tokens, B_stride, C_stride, N: tl.constexpr, NP: tl.constexpr, ROWS: tl.constexpr):
-    """BC [tokens + TILE, NP, 2] float32 of B and C [tokens, N], zeros where these have nothing. grid (tokens / ROWS,)"""
+    """BC [tokens + TILE, 2, NP] float32 of B and C [tokens, N], zeros where these have nothing. grid (tokens / ROWS,)"""
     token, n = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS), tl.arange(0, NP)
     inside = (token < tokens)[:, None] & (n < N)[None, :]
     B_ = tl.load(B + token[:, None] * B_stride + n[None, :], inside, 0.0).to(tl.float32)
     C_ = tl.load(C + token[:, None] * C_stride + n[None, :], inside, 0.0).to(tl.float32)
     to = BC + token[:, None] * (2 * NP) + tl.arange(0, 2 * NP)[None, :]
-    tl.store(to, tl.reshape(tl.join(B_, C_), (ROWS, 2 * NP)), (token < tokens + TILE)[:, None])
+    tl.store(to, tl.reshape(tl.permute(tl.join(B_, C_), (0, 2, 1)), (ROWS, 2 * NP)), (token < tokens + TILE)[:, None])
 
 
 @triton.jit
-def rows_of(tile):
-    """The rows of a tile [2^k, BD], [BD] each, in registers of every thread that has the channels, however the tile lay."""
+def rows_of(tile, COUNT: tl.constexpr):
+    """The rows of a tile [COUNT, BD], [BD] each, in registers of every thread that has the channels, however the tile lay."""
+    BD: tl.constexpr = tile.shape[1]
     # Triton would compute what led here anew in every thread, but not a sum.
-    parts = (tl.sum(tl.reshape(tile, (TILE, tile.shape[1], 1)), 2),)
-    for level in tl.static_range(LEVELS):
-        halves = ()
-        for k in tl.static_range(2**level):
-            two = tl.reshape(parts[k], (2, TILE // 2 ** (level + 1), tile.shape[1]))
-            a, b = tl.split(tl.permute(two, (1, 2, 0)))
-            halves = halves + (a, b)
-        parts = halves
+    parts = (tl.sum(tl.reshape(tile, (COUNT, BD, 1)), 2),)
+    for level in tl.static_range(8):
+        if COUNT >= 2 ** (level + 1):
+            # even and odd rows: so the first step goes through shared memory, with the whole tile, and no other
+            even, odd = (), ()
+            for k in tl.static_range(2**level):
+                two = tl.reshape(parts[k], (COUNT // 2 ** (level + 1), 2, BD))
+                a, b = tl.split(tl.permute(two, (0, 2, 1)))
+                even, odd = even + (a,), odd + (b,)
+            parts = even + odd
     rows = ()
-    for k in tl.static_range(TILE):
-        rows = rows + (tl.reshape(parts[k], (tile.shape[1],)),)
+    for k in tl.static_range(COUNT):
+        rows = rows + (tl.reshape(parts[k], (BD,)),)
     return rows
 
 
 @triton.jit
-def stack(rows):
-    """[TILE, ...] of its rows [...]."""
+def apart(tiles):
+    """The two tiles [R, BD] that lie behind each other in [2 R, BD]."""
+    two = tl.reshape(tiles, (2, tiles.shape[0] // 2, tiles.shape[1]))
+    return tl.split(tl.permute(two, (1, 2, 0)))
+
+
+@triton.jit
+def behind(a, b):
+    return tl.reshape(tl.permute(tl.join(a, b), (2, 0, 1)), (2 * a.shape[0], a.shape[1]))
+
+
+@triton.jit
+def stack(rows, COUNT: tl.constexpr):
+    """[COUNT, numbers] of its rows."""
     parts = ()
-    for k in tl.static_range(TILE):
+    for k in tl.static_range(COUNT):
         parts = parts + (tl.reshape(rows[k], (1, rows[k].numel)),)
-    for level in tl.static_range(LEVELS):
-        pairs = ()
-        for k in tl.static_range(TILE // 2 ** (level + 1)):
-            both = tl.permute(tl.join(parts[2 * k], parts[2 * k + 1]), (2, 0, 1))
-            pairs = pairs + (tl.reshape(both, (2 ** (level + 1), rows[0].numel)),)
-        parts = pairs
+    for level in tl.static_range(8):
+        if COUNT >= 2 ** (level + 1):
+            pairs = ()
+            for k in tl.static_range(COUNT // 2 ** (level + 1)):
+                pairs = pairs + (behind(parts[2 * k], parts[2 * k + 1]),)
+            parts = pairs
     return parts[0]
 
 
 @triton.jit
-def tile_of(rows, GROUPS: tl.constexpr, BD: tl.constexpr):
-    """[TILE, BD] of its rows [GROUPS, BD], summed over groups: warps each have some states of a channel."""
-    return over_groups(tl.reshape(stack(rows), (TILE, GROUPS, BD)), GROUPS)
+def tile_of(rows, COUNT: tl.constexpr, GROUPS: tl.constexpr, BD: tl.constexpr):
+    """[COUNT, BD] of its rows [GROUPS, BD], summed over groups: warps each have some states of a channel."""
+    return over_groups(tl.reshape(stack(rows, COUNT), (COUNT, GROUPS, BD)), GROUPS)
 
 
 @triton.jit
@@ -99,12 +114,11 @@ def side_sums(x, SIDE: tl.constexpr):
 
 
 @triton.jit
-def store_sums(to, rows, sums, NP: tl.constexpr):
-    """The sums over channels of a tile's `sums`, TILE times [GROUPS, NI, L], to [TILE, NP] of which `rows` are tokens."""
+def sums_over_channels(sums, COUNT: tl.constexpr, NP: tl.constexpr):
+    """[COUNT NP] of COUNT times [GROUPS, NI, L]."""
     L: tl.constexpr = sums[0].shape[2]
-    total = over_groups(tl.reshape(stack(sums), (TILE * NP, L, 1)), L)
-    k = tl.arange(0, TILE * NP)
-    tl.store(to + k, tl.reshape(total, (TILE * NP,)), k < rows * NP)
+    total = over_groups(tl.reshape(stack(sums, COUNT), (COUNT * NP, L, 1)), L)
+    return tl.reshape(total, (COUNT * NP,))
 
 
 @triton.jit
@@ -122,8 +136,8 @@ def over_groups(x, GROUPS: tl.constexpr):
 def load_group(BC, first, t: tl.constexpr, NI: tl.constexpr, GROUPS: tl.constexpr):
     """B and C of a tile's token t, [GROUPS, NI, 1] each."""
     NP: tl.constexpr = NI * GROUPS
-    both = tl.load(BC + first * (2 * NP) + (t * (2 * NP) + tl.arange(0, 2 * NP)))
-    B_t, C_t = tl.split(tl.reshape(both, (GROUPS, NI, 2)))
+    at = BC + first * (2 * NP) + (t * (2 * NP) + tl.arange(0, NP))
+    B_t, C_t = tl.reshape(tl.load(at), (GROUPS, NI)), tl.reshape(tl.load(at + NP), (GROUPS, NI))
     return B_t[:, :, None], C_t[:, :, None]
 
 

@@ -16,6 +16,7 @@ from hf_linear.kernels.selective_scan_tiles import (
     TILE,
     TILES,
     UNALIGNED,
+    behind,
     decay_of,
     load_group,
     load_tile,
@@ -38,7 +39,7 @@ def walk_kernel(
     """One program: BD channels, a segment of a row.
 
     x, dt, z and y: [tokens, WIDTH], the first three with a stride of their own between tokens; A: [N, WIDTH], times log2(e);
-    BC: [tokens + TILE, NP, 2] float32, B and C side by side, zeros from N on; D, bias: [WIDTH] float32; initial, final:
+    BC: [tokens + TILE, 2, NP] float32, B and C side by side, zeros from N on; D, bias: [WIDTH] float32; initial, final:
     [documents, N, WIDTH]; entering: [segments, N, WIDTH], the state before each segment of several. KEEP: states
     [blocks TILES, N, WIDTH], the state before every tile.
     grid     (WIDTH / BD, segments)
@@ -76,12 +77,12 @@ def walk_kernel(
                 tl.store(states + (block * TILES + tile) * SIZE + of_state, h.to(states.dtype.element_ty), in_state)
             x_ = load_tile(x, first, rows, d, X_STRIDE, WIDTH, BD)
             dt_ = step_sizes(dt, bias_, first, rows, d, DT_STRIDE, WIDTH, BD, SOFTPLUS, PRECISE)
-            steps, added, sums = rows_of(dt_), rows_of(dt_ * x_), ()
+            rows_, sums = rows_of(behind(dt_, dt_ * x_), 2 * TILE), ()
             for t in tl.static_range(TILE):
                 B_t, C_t = load_group(BC, first, t, NI, GROUPS)
-                h = decay_of(steps[t][None, None, :] * A_, PRECISE) * h + added[t][None, None, :] * B_t
+                h = decay_of(rows_[t][None, None, :] * A_, PRECISE) * h + rows_[TILE + t][None, None, :] * B_t
                 sums = sums + (tl.sum(h * C_t, 1),)
-            y_ = tile_of(sums, GROUPS, BD)
+            y_ = tile_of(sums, TILE, GROUPS, BD)
             y_ += D_ * x_
             if GATE:
                 z_ = load_tile(z, first, rows, d, Z_STRIDE, WIDTH, BD)
