@@ -91,15 +91,30 @@ def gradient_kernel(
             if (place & 2) != 0:
                 dh = tl.load(d_final + document * SIZE + of_state, in_state & (given != 0), 0.0)
         tiles = tl.cdiv(length, TILE)
+        last = tl.maximum(tiles - 1, 0)
+        next_h = tl.load(states + (block * TILES + last) * SIZE + of_state, in_state, 0.0)
+        next_x = load_tile(x, start + last * TILE, length - last * TILE, d, X_STRIDE, WIDTH, BD)
+        next_dt = load_tile(dt, start + last * TILE, length - last * TILE, d, DT_STRIDE, WIDTH, BD)
+        next_dy = load_tile(dy, start + last * TILE, length - last * TILE, d, WIDTH, WIDTH, BD)
+        if GATE:
+            next_z = load_tile(z, start + last * TILE, length - last * TILE, d, Z_STRIDE, WIDTH, BD)
         for back in range(0, tiles):
             tile = tiles - 1 - back
             first, rows = start + tile * TILE, length - tile * TILE
-            h = tl.load(states + (block * TILES + tile) * SIZE + of_state, in_state, 0.0).to(tl.float32)
-            dt_ = step_sizes(dt, bias_, first, rows, d, DT_STRIDE, WIDTH, BD, SOFTPLUS, PRECISE)
-            x_, g = load_tile(x, first, rows, d, X_STRIDE, WIDTH, BD), load_tile(dy, first, rows, d, WIDTH, WIDTH, BD)
+            h = next_h.to(tl.float32)
+            dt_ = step_sizes(next_dt, bias_, rows, SOFTPLUS, PRECISE)
+            x_, g = next_x.to(tl.float32), next_dy.to(tl.float32)
             if GATE:
-                z_ = load_tile(z, first, rows, d, Z_STRIDE, WIDTH, BD)
+                z_ = next_z.to(tl.float32)
                 g *= z_ * sigmoid(z_, PRECISE)
+            # Under way while this tile is walked over.
+            ahead = tl.maximum(tile - 1, 0)
+            next_h = tl.load(states + (block * TILES + ahead) * SIZE + of_state, in_state, 0.0)
+            next_x = load_tile(x, start + ahead * TILE, length - ahead * TILE, d, X_STRIDE, WIDTH, BD)
+            next_dt = load_tile(dt, start + ahead * TILE, length - ahead * TILE, d, DT_STRIDE, WIDTH, BD)
+            next_dy = load_tile(dy, start + ahead * TILE, length - ahead * TILE, d, WIDTH, WIDTH, BD)
+            if GATE:
+                next_z = load_tile(z, start + ahead * TILE, length - ahead * TILE, d, Z_STRIDE, WIDTH, BD)
             both, read = rows_of(behind(dt_, dt_ * x_), 2 * TILE), rows_of(g, TILE)
             decays, states_ = (), ()
             for t in tl.static_range(TILE):
@@ -120,23 +135,24 @@ def gradient_kernel(
                 h = states_[TILE - 1 - s]
                 own += dh * h * step
                 ddts = (tl.sum(dh * h * A_, 1),) + ddts
+            # The inputs again: their registers would be missed above.
+            x_, raw = load_tile(x, first, rows, d, X_STRIDE, WIDTH, BD), load_tile(dt, first, rows, d, DT_STRIDE, WIDTH, BD)
+            g = load_tile(dy, first, rows, d, WIDTH, WIDTH, BD)
+            if GATE:
+                z_ = load_tile(z, first, rows, d, Z_STRIDE, WIDTH, BD)
             dA_, lost_A = add_to(dA_, lost_A, own, PRECISE)
             k, R = tl.arange(0, 2 * TILE * NP), TILE * NP
             to = dBC + ((tl.program_id(0).to(tl.int64) * tokens + first) * NP + k % R + k // R * (tl.num_programs(0).to(tl.int64) * tokens * NP))
             tl.store(to, sums_over_channels(dBs + dCs, 2 * TILE, NP), k % R < rows * NP)
             du, ddt_ = apart(tile_of(dus + ddts, 2 * TILE, GROUPS, BD))
             y_ = tile_of(ys, TILE, GROUPS, BD)
-            # The inputs again: their registers would be missed above.
-            x_ = load_tile(x, first, rows, d, X_STRIDE, WIDTH, BD)
+            x_, g = x_.to(tl.float32), g.to(tl.float32)
             ddt_ = ddt_ * 0.6931471805599453 + x_ * du
             if SOFTPLUS:
-                raw = load_tile(dt, first, rows, d, DT_STRIDE, WIDTH, BD, float("-inf"))
-                ddt_ *= sigmoid(raw + bias_, PRECISE)
-            else:
-                ddt_ = tl.where((i < rows)[:, None], ddt_, 0.0)
-            g = load_tile(dy, first, rows, d, WIDTH, WIDTH, BD)
+                ddt_ *= sigmoid(raw.to(tl.float32) + bias_, PRECISE)
+            ddt_ = tl.where((i < rows)[:, None], ddt_, 0.0)
             if GATE:
-                z_ = load_tile(z, first, rows, d, Z_STRIDE, WIDTH, BD)
+                z_ = z_.to(tl.float32)
                 gate = sigmoid(z_, PRECISE)
                 slope = gate * (1 + z_ * (1 - gate))
                 store_tile(dz, first, rows, d, g * (y_ + D_ * x_) * slope, WIDTH, WIDTH, BD)

@@ -67,12 +67,12 @@ def segment_kernel(
         for k in range(0, tiles):
             tile = tiles - 1 - k if BACK else k
             first, rows = start + tile * TILE, length - tile * TILE
-            dt_ = step_sizes(dt, bias_, first, rows, d, DT_STRIDE, WIDTH, BD, SOFTPLUS, PRECISE)
-            value = load_tile(v, first, rows, d, V_STRIDE, WIDTH, BD)
+            dt_ = step_sizes(load_tile(dt, first, rows, d, DT_STRIDE, WIDTH, BD), bias_, rows, SOFTPLUS, PRECISE)
+            value = load_tile(v, first, rows, d, V_STRIDE, WIDTH, BD).to(tl.float32)
             if not BACK:
                 value *= dt_
             elif GATE:
-                z_ = load_tile(z, first, rows, d, Z_STRIDE, WIDTH, BD)
+                z_ = load_tile(z, first, rows, d, Z_STRIDE, WIDTH, BD).to(tl.float32)
                 value *= z_ * sigmoid(z_, PRECISE)
             both = rows_of(behind(dt_, value), 2 * TILE)
             for s in tl.static_range(TILE):

@@ -39,7 +39,7 @@ def load_tile(x, first, rows, d, STRIDE: tl.constexpr, WIDTH: tl.constexpr, BD: 
         found = tl.load(at)
     else:
         found = tl.load(at, (tl.arange(0, TILE) < rows)[:, None] & (d < WIDTH)[None, :], other)
-    return found.to(tl.float32)
+    return found
 
 
 @triton.jit(do_not_specialize=("tokens", "B_stride", "C_stride"), do_not_specialize_on_alignment=UNALIGNED)
@@ -200,11 +200,9 @@ def softplus(x, PRECISE: tl.constexpr):
 
 
 @triton.jit
-def step_sizes(
-    dt, bias, first, rows, d, STRIDE: tl.constexpr, WIDTH: tl.constexpr, BD: tl.constexpr, SOFTPLUS: tl.constexpr,
-    PRECISE: tl.constexpr,
-):  # fmt: skip
+def step_sizes(raw, bias, rows, SOFTPLUS: tl.constexpr, PRECISE: tl.constexpr):
     """softplus(dt + bias) or dt + bias of a tile; 0, a step that changes nothing, where there is no token."""
+    steps = raw.to(tl.float32) + bias
     if SOFTPLUS:
-        return softplus(load_tile(dt, first, rows, d, STRIDE, WIDTH, BD, float("-inf")) + bias, PRECISE)
-    return tl.where((tl.arange(0, TILE) < rows)[:, None], load_tile(dt, first, rows, d, STRIDE, WIDTH, BD) + bias, 0.0)
+        steps = softplus(steps, PRECISE)
+    return tl.where((tl.arange(0, TILE) < rows)[:, None], steps, 0.0)

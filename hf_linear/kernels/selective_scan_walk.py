@@ -71,12 +71,20 @@ def walk_kernel(
             document, place = tl.load(table + block * FIELDS + 2).to(tl.int64), tl.load(table + block * FIELDS + 3)
             if (place & 1) != 0:
                 h = tl.load(initial + document * SIZE + of_state, in_state & (given != 0), 0.0)
-        for tile in range(0, tl.cdiv(length, TILE)):
+        tiles = tl.cdiv(length, TILE)
+        next_x = load_tile(x, start, length, d, X_STRIDE, WIDTH, BD)
+        next_dt = load_tile(dt, start, length, d, DT_STRIDE, WIDTH, BD)
+        for tile in range(0, tiles):
             first, rows = start + tile * TILE, length - tile * TILE
+            x_, dt_ = next_x.to(tl.float32), step_sizes(next_dt, bias_, rows, SOFTPLUS, PRECISE)
+            # Under way while this tile is walked over.
+            ahead = tl.minimum(tile + 1, tiles - 1) * TILE
+            next_x = load_tile(x, start + ahead, length - ahead, d, X_STRIDE, WIDTH, BD)
+            next_dt = load_tile(dt, start + ahead, length - ahead, d, DT_STRIDE, WIDTH, BD)
+            if GATE:
+                z_ = load_tile(z, first, rows, d, Z_STRIDE, WIDTH, BD)
             if KEEP:
                 tl.store(states + (block * TILES + tile) * SIZE + of_state, h.to(states.dtype.element_ty), in_state)
-            x_ = load_tile(x, first, rows, d, X_STRIDE, WIDTH, BD)
-            dt_ = step_sizes(dt, bias_, first, rows, d, DT_STRIDE, WIDTH, BD, SOFTPLUS, PRECISE)
             rows_, sums = rows_of(behind(dt_, dt_ * x_), 2 * TILE), ()
             for t in tl.static_range(TILE):
                 B_t, C_t = load_group(BC, first, t, NI, GROUPS)
@@ -85,7 +93,7 @@ def walk_kernel(
             y_ = tile_of(sums, TILE, GROUPS, BD)
             y_ += D_ * x_
             if GATE:
-                z_ = load_tile(z, first, rows, d, Z_STRIDE, WIDTH, BD)
+                z_ = z_.to(tl.float32)
                 y_ *= z_ * sigmoid(z_, PRECISE)
             store_tile(y, first, rows, d, y_, WIDTH, WIDTH, BD)
         if PACKED:
