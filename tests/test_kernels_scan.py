@@ -372,9 +372,12 @@ def test_gpu_accuracy(case, shape, dtype):
     assert_as_exact_as_chunked(case, sample(case, T, dtype, B=B, H=1, K=D, V=N))
 
 
+# In float16 a step of 1e4 makes gradients of 4e6, more than it holds.
+DECAYS = [(d, decay) for d in DTYPES for decay in PLAIN.decays if (d, decay) != (torch.float16, "reset1e4")]
+
+
 @on_gpu
-@pytest.mark.parametrize("decay", PLAIN.decays)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("dtype", "decay"), DECAYS, ids=str)
 def test_gpu_decays(dtype, decay):
     assert_as_exact_as_chunked(PLAIN, sample(PLAIN, 300, dtype, B=2, H=1, K=200, V=16, decay=decay))
 

@@ -10,12 +10,11 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from functools import partial
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from hf_linear.kernels.autograd import operator
 from hf_linear.kernels.launch import cdiv, launch, multiprocessors, on_device, ready
 from hf_linear.kernels.long_conv_columns import (
     convolve_middle_kernel,
@@ -257,54 +256,23 @@ def backward(
     return du, dh, dskip, dpre, dpost
 
 
-FORWARD, BACKWARD = "hf_linear::long_conv", "hf_linear::long_conv_backward"
-INPUTS = "Tensor u, Tensor h, Tensor? skip, Tensor? pre, Tensor? post"
-torch.library.define(FORWARD, f"({INPUTS}) -> (Tensor, Tensor)")
-torch.library.define(BACKWARD, f"(Tensor dy, Tensor? dstate, {INPUTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)")
-torch.library.impl(FORWARD, ("cpu", "cuda"))(forward)
-torch.library.impl(BACKWARD, ("cpu", "cuda"))(backward)
-
-
-@torch.library.register_fake(FORWARD)
-def _(u, h, skip, pre, post):
+def fake(u, h, skip, pre, post):
     return u.new_empty(u.shape), u.new_empty(u.shape, dtype=torch.float32)
 
 
-@torch.library.register_fake(BACKWARD)
-def _(dy, dstate, u, h, skip, pre, post):
+def fake_backward(dy, dstate, u, h, skip, pre, post):
     return tuple(u.new_empty(0) if x is None else x.new_empty(x.shape) for x in (u, h, skip, pre, post))
 
 
-def setup_context(ctx, inputs, output) -> None:
+def save(ctx, inputs, output) -> None:
     ctx.save_for_backward(*inputs)
-    ctx.set_materialize_grads(False)
 
 
 def differentiate(backward: Callable, ctx, dy: Tensor | None, dstate: Tensor | None):
-    """The gradients by `backward`, the function or the operator."""
     inputs = ctx.saved_tensors
     dy = torch.zeros_like(inputs[0]) if dy is None else dy
     gradients = backward(dy, dstate, *inputs)
     return tuple(None if x is None else gradient for x, gradient in zip(inputs, gradients, strict=True))
 
 
-torch.library.register_autograd(
-    FORWARD, partial(differentiate, torch.ops.hf_linear.long_conv_backward), setup_context=setup_context
-)
-
-
-class LongConv(torch.autograd.Function):
-    """The operator without the dispatcher."""
-
-    @staticmethod
-    def forward(ctx, *inputs):
-        output = forward(*inputs)
-        setup_context(ctx, inputs, output)
-        return output
-
-    backward = staticmethod(once_differentiable(partial(differentiate, backward)))
-
-
-def long_conv(u: Tensor, h: Tensor, skip: Tensor | None, pre: Tensor | None, post: Tensor | None) -> tuple[Tensor, Tensor]:
-    run = torch.ops.hf_linear.long_conv if torch.compiler.is_compiling() else LongConv.apply
-    return run(u, h, skip, pre, post)
+long_conv = operator("long_conv", forward, backward, (fake, fake_backward), save, differentiate)

@@ -8,13 +8,12 @@ cut into segments, at the price of a second walk (`selective_scan_segments`).
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from functools import partial
 
 import torch
 import triton
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from hf_linear.kernels.autograd import operator
 from hf_linear.kernels.launch import aligned, cdiv, evenly_spaced, launch, on_device, ready
 from hf_linear.kernels.layout import make_layout, row_segments
 from hf_linear.kernels.selective_scan_gradients import gradient_kernel
@@ -159,7 +158,7 @@ def forward(
 def backward(
     dy: Tensor, d_final: Tensor | None, states: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor,
     D: Tensor | None, z: Tensor | None, dt_bias: Tensor | None, dt_softplus: bool, cu_seqlens: Tensor | None,
-) -> tuple[Tensor, ...]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The gradients of x, dt, A, B, C, D, z, dt_bias and the initial state; empty where there is no such input."""
     d_final = None if d_final is None else d_final.transpose(1, 2).contiguous()
     with on_device(x):
@@ -170,43 +169,28 @@ def backward(
     return *found, d_initial.transpose(1, 2).contiguous()
 
 
-FORWARD, BACKWARD = "hf_linear::selective_scan_triton", "hf_linear::selective_scan_triton_backward"
-INPUTS = "Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias, bool dt_softplus"
-torch.library.define(FORWARD, f"({INPUTS}, Tensor? initial_state, Tensor? cu_seqlens, bool keep) -> (Tensor, Tensor, Tensor)")
-torch.library.define(
-    BACKWARD,
-    f"(Tensor dy, Tensor? d_final, Tensor states, {INPUTS}, Tensor? cu_seqlens) -> ({', '.join(['Tensor'] * 9)})",
-)
-torch.library.impl(FORWARD, ("cpu", "cuda"))(forward)
-torch.library.impl(BACKWARD, ("cpu", "cuda"))(backward)
-
-
 def new_final(x: Tensor, A: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     return x.new_empty(x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1, *A.shape, dtype=torch.float32)
 
 
-@torch.library.register_fake(FORWARD)
-def _(x, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, cu_seqlens, keep):
+def fake(x, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, cu_seqlens, keep):
     T, block = x.shape[1], TILE.value * TILES.value
     blocks = x.shape[0] * cdiv(T, block) if cu_seqlens is None else T // block + cu_seqlens.shape[0] - 1
     return x.new_empty(x.shape), new_final(x, A, cu_seqlens), new_states(x, A.shape[1], blocks if keep else 0)
 
 
-@torch.library.register_fake(BACKWARD)
-def _(dy, d_final, states, x, dt, A, B, C, D, z, dt_bias, dt_softplus, cu_seqlens):
+def fake_backward(dy, d_final, states, x, dt, A, B, C, D, z, dt_bias, dt_softplus, cu_seqlens):
     inputs = x, dt, A, B, C, D, z, dt_bias
     return *(x.new_empty(0) if y is None else y.new_empty(y.shape) for y in inputs), new_final(x, A, cu_seqlens)
 
 
-def setup_context(ctx, inputs, output) -> None:
+def save(ctx, inputs, output) -> None:
     *tensors, ctx.softplus, _, cu_seqlens, _ = inputs
     ctx.save_for_backward(*tensors, cu_seqlens, output[2])
     ctx.mark_non_differentiable(output[2])
-    ctx.set_materialize_grads(False)
 
 
 def differentiate(backward: Callable, ctx, dy: Tensor | None, d_final: Tensor | None, _: Tensor | None):
-    """The gradients by `backward`, the function or the operator."""
     *tensors, cu_seqlens, states = ctx.saved_tensors
     dy = torch.zeros_like(tensors[0]) if dy is None else dy
     *gradients, d_initial = backward(dy, d_final, states, *tensors, ctx.softplus, cu_seqlens)
@@ -214,27 +198,12 @@ def differentiate(backward: Callable, ctx, dy: Tensor | None, d_final: Tensor | 
     return *found, None, d_initial if ctx.needs_input_grad[9] else None, None, None
 
 
-torch.library.register_autograd(
-    FORWARD, partial(differentiate, torch.ops.hf_linear.selective_scan_triton_backward), setup_context=setup_context
-)
-
-
-class SelectiveScan(torch.autograd.Function):
-    """The operator without the dispatcher."""
-
-    @staticmethod
-    def forward(ctx, *inputs):
-        output = forward(*inputs)
-        setup_context(ctx, inputs, output)
-        return output
-
-    backward = staticmethod(once_differentiable(partial(differentiate, backward)))
+run = operator("selective_scan_triton", forward, backward, (fake, fake_backward), save, differentiate)
 
 
 def selective_scan(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None, dt_bias: Tensor | None,
     dt_softplus: bool, initial_state: Tensor | None, cu_seqlens: Tensor | None, keep: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    run = torch.ops.hf_linear.selective_scan_triton if torch.compiler.is_compiling() else SelectiveScan.apply
     y, final, _ = run(x, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, cu_seqlens, keep)
     return y, final

@@ -16,14 +16,13 @@ oracle   hf_linear.ops.reference.short_conv
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from hf_linear.kernels.autograd import operator
 from hf_linear.kernels.launch import aligned, cdiv, launch, on_device, ready
 from hf_linear.kernels.layout import BLOCK, FIELDS, locate, make_layout
 from hf_linear.kernels.selective_scan_tiles import sigmoid
@@ -244,62 +243,29 @@ def backward(
     return dx, dw.to(w.dtype).contiguous(), x.new_empty(0) if b is None else db.to(b.dtype), d_initial
 
 
-FORWARD, BACKWARD = "hf_linear::short_conv_triton", "hf_linear::short_conv_triton_backward"
-INPUTS = "Tensor x, Tensor w, Tensor? b, bool silu, Tensor? initial_state, Tensor? cu_seqlens"
-torch.library.define(FORWARD, f"({INPUTS}) -> (Tensor, Tensor)")
-torch.library.define(BACKWARD, f"(Tensor dy, Tensor? d_final, {INPUTS}) -> (Tensor, Tensor, Tensor, Tensor)")
-torch.library.impl(FORWARD, ("cpu", "cuda"))(forward)
-torch.library.impl(BACKWARD, ("cpu", "cuda"))(backward)
-
-
 def state_like(x: Tensor, w: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     return x.new_empty(x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1, w.shape[1] - 1, x.shape[2])
 
 
-@torch.library.register_fake(FORWARD)
-def _(x, w, b, silu, initial_state, cu_seqlens):
+def fake(x, w, b, silu, initial_state, cu_seqlens):
     return x.new_empty(x.shape), state_like(x, w, cu_seqlens)
 
 
-@torch.library.register_fake(BACKWARD)
-def _(dy, d_final, x, w, b, silu, initial_state, cu_seqlens):
+def fake_backward(dy, d_final, x, w, b, silu, initial_state, cu_seqlens):
     db = x.new_empty(0) if b is None else b.new_empty(b.shape)
     return x.new_empty(x.shape), w.new_empty(w.shape), db, state_like(x, w, cu_seqlens)
 
 
-def setup_context(ctx, inputs, output) -> None:
+def save(ctx, inputs, output) -> None:
     x, w, b, ctx.silu, initial_state, cu_seqlens = inputs
     ctx.save_for_backward(x, w, b, initial_state, cu_seqlens)
-    ctx.set_materialize_grads(False)
 
 
 def differentiate(backward: Callable, ctx, dy: Tensor | None, d_final: Tensor | None):
-    """The gradients by `backward`, the function or the operator."""
     x, w, b, initial_state, cu_seqlens = ctx.saved_tensors
     dy = torch.zeros_like(x) if dy is None else dy
     dx, dw, db, d_initial = backward(dy, d_final, x, w, b, ctx.silu, initial_state, cu_seqlens)
     return dx, dw, None if b is None else db, None, d_initial if ctx.needs_input_grad[4] else None, None
 
 
-torch.library.register_autograd(
-    FORWARD, partial(differentiate, torch.ops.hf_linear.short_conv_triton_backward), setup_context=setup_context
-)
-
-
-class ShortConv(torch.autograd.Function):
-    """The operator without the dispatcher."""
-
-    @staticmethod
-    def forward(ctx, *inputs):
-        output = forward(*inputs)
-        setup_context(ctx, inputs, output)
-        return output
-
-    backward = staticmethod(once_differentiable(partial(differentiate, backward)))
-
-
-def short_conv(
-    x: Tensor, w: Tensor, b: Tensor | None, silu: bool, initial_state: Tensor | None, cu_seqlens: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    run = torch.ops.hf_linear.short_conv_triton if torch.compiler.is_compiling() else ShortConv.apply
-    return run(x, w, b, silu, initial_state, cu_seqlens)
+short_conv = operator("short_conv_triton", forward, backward, (fake, fake_backward), save, differentiate)

@@ -100,7 +100,7 @@ def attend(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, scale: float, initial_state: Tensor | None, cu_seqlens: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """o in v's dtype and the final state; g [B, T, H, K] or [B, T, H] chooses the recurrence."""
-    from hf_linear.kernels.autograd import chunk_attention
+    from hf_linear.kernels.chunk_attention import chunk_attention
 
     return chunk_attention(q.to(v.dtype), k.to(v.dtype), v, g.float(), scale, initial_state, cu_seqlens)
 
