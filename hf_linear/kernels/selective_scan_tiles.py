@@ -18,7 +18,7 @@ LEVELS = tl.constexpr(TILE.value.bit_length() - 1)
 TILES = tl.constexpr(BLOCK.value // TILE.value)  # of a block
 RUN_TIME = ("T", "row_blocks", "segment_blocks", "row_segments", "given", "tokens")
 UNALIGNED = (
-    *("v", "D", "bias", "initial", "final", "edge", "B", "C", "d_final"),
+    *("D", "bias", "initial", "final", "edge", "B", "C", "d_final"),
 )
 
 
