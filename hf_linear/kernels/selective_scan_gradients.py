@@ -115,18 +115,20 @@ def gradient_kernel(
             next_dy = load_tile(dy, start + ahead * TILE, length - ahead * TILE, d, WIDTH, WIDTH, BD)
             if GATE:
                 next_z = load_tile(z, start + ahead * TILE, length - ahead * TILE, d, Z_STRIDE, WIDTH, BD)
-            both, read = rows_of(behind(dt_, dt_ * x_), 2 * TILE), rows_of(g, TILE)
+            both = rows_of(behind(dt_, dt_ * x_), 2 * TILE)
             decays, states_ = (), ()
             for t in tl.static_range(TILE):
                 B_t, _ = load_group(BC, first, t, NI, GROUPS)
                 decay = decay_of(both[t][None, None, :] * A_, PRECISE)
                 decays, states_ = decays + (decay,), states_ + (h,)
                 h = decay * h + both[TILE + t][None, None, :] * B_t
-            tl.debug_barrier()  # or B and C would be kept in registers from above
+            read = rows_of(g, TILE)
+            tl.debug_barrier()  # or B would be kept in registers from above
             ys, dus, ddts, dBs, dCs = (), (), (), (), ()
-            own = tl.zeros((GROUPS, NI, BD), tl.float32)  # added up apart, for fewer roundings
+            own = tl.zeros((GROUPS, NI, BD), tl.float32) if PRECISE else dA_  # added up apart, for fewer roundings
             for s in tl.static_range(TILE):
-                step, u, g_ = both[TILE - 1 - s][None, None, :], both[2 * TILE - 1 - s][None, None, :], read[TILE - 1 - s][None, None, :]
+                step, u = both[TILE - 1 - s][None, None, :], both[2 * TILE - 1 - s][None, None, :]
+                g_ = read[TILE - 1 - s][None, None, :]
                 B_t, C_t = load_group(BC, first, TILE - 1 - s, NI, GROUPS)
                 ys, dCs = (tl.sum(h * C_t, 1),) + ys, (side_sums(g_ * h, SIDE),) + dCs
                 dh += g_ * C_t
@@ -140,9 +142,13 @@ def gradient_kernel(
             g = load_tile(dy, first, rows, d, WIDTH, WIDTH, BD)
             if GATE:
                 z_ = load_tile(z, first, rows, d, Z_STRIDE, WIDTH, BD)
-            dA_, lost_A = add_to(dA_, lost_A, own, PRECISE)
+            if PRECISE:
+                dA_, lost_A = add_to(dA_, lost_A, own, PRECISE)
+            else:
+                dA_ = own
             k, R = tl.arange(0, 2 * TILE * NP), TILE * NP
-            to = dBC + ((tl.program_id(0).to(tl.int64) * tokens + first) * NP + k % R + k // R * (tl.num_programs(0).to(tl.int64) * tokens * NP))
+            apart_ = tl.num_programs(0).to(tl.int64) * tokens * NP
+            to = dBC + (tl.program_id(0).to(tl.int64) * tokens + first) * NP + k // R * apart_ + k % R
             tl.store(to, sums_over_channels(dBs + dCs, 2 * TILE, NP), k % R < rows * NP)
             du, ddt_ = apart(tile_of(dus + ddts, 2 * TILE, GROUPS, BD))
             y_ = tile_of(ys, TILE, GROUPS, BD)

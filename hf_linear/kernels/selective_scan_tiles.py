@@ -17,9 +17,7 @@ TILE = tl.constexpr(8)  # tokens
 LEVELS = tl.constexpr(TILE.value.bit_length() - 1)
 TILES = tl.constexpr(BLOCK.value // TILE.value)  # of a block
 RUN_TIME = ("T", "row_blocks", "segment_blocks", "row_segments", "given", "tokens")
-UNALIGNED = (
-    *("D", "bias", "initial", "final", "edge", "B", "C", "d_final"),
-)
+UNALIGNED = (*("D", "bias", "initial", "final", "edge", "B", "C", "d_final"),)
 
 
 @triton.jit
@@ -124,7 +122,7 @@ def sums_over_channels(sums, COUNT: tl.constexpr, NP: tl.constexpr):
 @triton.jit
 def over_groups(x, GROUPS: tl.constexpr):
     """[R, BD] of x [R, GROUPS, BD]: through shared memory once, and summed by one thread, in a fixed order."""
-    for level in tl.static_range(8):
+    for _ in tl.static_range(8):
         if x.shape[1] > 1:
             two = tl.reshape(x, (x.shape[0], 2, x.shape[1] // 2, x.shape[2]))
             a, b = tl.split(tl.permute(two, (0, 2, 3, 1)))
