@@ -61,11 +61,6 @@ def evenly_spaced(x: Tensor) -> Tensor:
     )  # contiguous() would leave a stride of one token as it is
 
 
-def aligned(x: Tensor) -> Tensor:
-    x = evenly_spaced(x)
-    return x if x.data_ptr() % 16 == 0 else x.clone(memory_format=torch.contiguous_format)
-
-
 def product_precision(dtype: torch.dtype) -> str:
     """float32 takes three tf32 products for one; the word concerns no other dtype."""
     return "tf32x3" if dtype == torch.float32 else "tf32"

@@ -14,19 +14,17 @@ import triton
 from torch import Tensor
 
 from hf_linear.kernels.autograd import operator
-from hf_linear.kernels.launch import aligned, cdiv, evenly_spaced, launch, on_device, ready
+from hf_linear.kernels.launch import cdiv, evenly_spaced, launch, on_device
 from hf_linear.kernels.layout import make_layout, row_segments
 from hf_linear.kernels.selective_scan_gradients import gradient_kernel
 from hf_linear.kernels.selective_scan_segments import between_kernel, segment_kernel
-from hf_linear.kernels.selective_scan_tiles import TILE, TILES, numbers_kernel
+from hf_linear.kernels.selective_scan_tiles import CHANNELS, TILE, TILES, numbers_kernel
 from hf_linear.kernels.selective_scan_walk import walk_kernel
 
 LOG2_E = 1.4426950408889634
-CHANNELS = 64  # of a program
-GROUPS, SIDE = 4, 2  # the warps' shares of a channel's states; channels side by side of a thread
-AT_ONCE = 4  # programs of a multiprocessor
+STATES = 2  # that the gradients take at a time: what the registers of a thread hold of a tile
 ROWS, PART = 64, 1024
-OPTIONS = {"num_warps": CHANNELS * GROUPS // (32 * SIDE), "num_stages": 1}
+OPTIONS = {"num_warps": CHANNELS // 32, "num_stages": 1}
 
 
 class Scan:
@@ -37,16 +35,16 @@ class Scan:
         dt_bias: Tensor | None, dt_softplus: bool, cu_seqlens: Tensor | None,
     ):  # fmt: skip
         self.batch, self.T, self.width = x.shape
-        self.N, self.NP = A.shape[1], max(triton.next_power_of_2(A.shape[1]), GROUPS)
-        self.x, self.dt, self.z = aligned(x), aligned(dt), None if z is None else aligned(z)
+        self.N, self.NP = A.shape[1], max(triton.next_power_of_2(A.shape[1]), STATES)
+        self.x, self.dt, self.z = evenly_spaced(x), evenly_spaced(dt), None if z is None else evenly_spaced(z)
         self.A = torch.mul(A.float().T, LOG2_E, out=A.new_empty(self.N, self.width, dtype=torch.float32))
         self.BC = side_by_side(B, C, self.NP)
         self.D, self.bias = (self.A.new_zeros(self.width) if y is None else y.float().contiguous() for y in (D, dt_bias))
         self.layout = make_layout(self.batch, self.T, cu_seqlens)
         self.blocks = cdiv(self.width, CHANNELS)
-        self.parts, self.segment_blocks = row_segments(self.layout, self.layout.rows * self.blocks, x.device, AT_ONCE)
+        self.parts, self.segment_blocks = row_segments(self.layout, self.layout.rows * self.blocks, x.device)
         self.segments = self.layout.rows * self.parts
-        self.shape = {"WIDTH": self.width, "N": self.N, "NP": self.NP, "GROUPS": GROUPS, "SIDE": SIDE, "BD": CHANNELS}
+        self.shape = {"WIDTH": self.width, "N": self.N, "NP": self.NP, "BD": CHANNELS}
         # All that compiled kernels depend on, besides what a launch adds.
         self.common = {
             **self.shape, "DT_STRIDE": self.dt.stride(1), "Z_STRIDE": 0 if self.z is None else self.z.stride(1),
@@ -102,13 +100,13 @@ class Scan:
 
     def backward(self, dy: Tensor, d_final: Tensor | None, states: Tensor) -> tuple[Tensor, ...]:
         """The gradients of x, dt, A, B, C, D, z, the bias and the initial state."""
-        dy = ready(dy)
+        dy = dy.contiguous()
         dx, ddt = self.x.new_empty(self.x.shape), self.dt.new_empty(self.dt.shape)
         dz = dx if self.z is None else self.z.new_empty(self.z.shape)
         d_initial, tokens = self.new_state(d_final), self.batch * self.T
-        dA = self.new_parts(self.N, self.width)
+        dA = self.new_parts(self.N, self.width).zero_()
         dD, dbias = self.new_parts(self.width), self.new_parts(self.width)
-        dBC = self.x.new_empty(2, self.blocks, tokens, self.NP, dtype=torch.float32)
+        dBC = self.x.new_empty(self.blocks, tokens, self.NP, 2, dtype=torch.float32)
         self.launch(
             gradient_kernel, (dy.dtype, states.dtype),
             (
@@ -116,16 +114,16 @@ class Scan:
                 d_initial, dx, ddt, dz, dA, dBC, dD, dbias, self.between(True, dy, d_final), self.layout.table,
                 *self.sizes(d_final), tokens,
             ),
-            X_STRIDE=self.x.stride(1), GATE=self.z is not None,
+            NS=STATES, X_STRIDE=self.x.stride(1), GATE=self.z is not None,
         )  # fmt: skip
-        dB, dC = dBC.sum(1).view(2, self.batch, self.T, self.NP)[..., : self.N].unbind()
+        dB, dC = dBC.sum(0).view(self.batch, self.T, self.NP, 2)[..., : self.N, :].unbind(-1)
         return dx, ddt, dA.sum(0).T, dB, dC, dD.sum(0), dz, dbias.sum(0), d_initial
 
 
 def side_by_side(B: Tensor, C: Tensor, NP: int) -> Tensor:
-    """[tokens + TILE, 2, NP] float32, zeros from N on."""
+    """[tokens + TILE, NP, 2] float32, zeros from N on."""
     B, C, (batch, T, N) = evenly_spaced(B), evenly_spaced(C), B.shape
-    BC = B.new_empty(batch * T + TILE.value, 2, NP, dtype=torch.float32)
+    BC = B.new_empty(batch * T + TILE.value, NP, 2, dtype=torch.float32)
     launch(
         numbers_kernel, (cdiv(len(BC), ROWS),), (B.dtype, C.dtype, N),
         (B, C, BC, batch * T, B.stride(1), C.stride(1)), lambda: {"N": N, "NP": NP, "ROWS": ROWS},

@@ -6,7 +6,8 @@ With g_t = dy_t silu(z_t) and u_t = dt_t x_t:
     dA = sum_t dt_t e_t,    d(dt_t) = sum_n A e_t + x_t du_t,    du_t = dh_t B_t,    dx_t = dt_t du_t + D g_t
     dB_t = u_t^T dh_t,      dC_t = g_t^T h_t
 
-The last two are sums over channels: first over those of a thread, then through shared memory, a tile at a time.
+The last two are sums over channels, that is over threads, which by shuffles would cost as much as all else together. A product
+of matrices sums them instead.
 """
 
 from __future__ import annotations
@@ -20,159 +21,134 @@ from hf_linear.kernels.selective_scan_tiles import (
     TILE,
     TILES,
     UNALIGNED,
-    apart,
-    behind,
     decay_of,
-    load_group,
     load_tile,
-    rows_of,
-    side_sums,
+    pick,
     sigmoid,
     step_sizes,
     store_tile,
-    sums_over_channels,
-    tile_of,
 )
 
 
 @triton.jit
-def add_to(total, lost, x, PRECISE: tl.constexpr):
-    """total + x, and PRECISE what the sums so far lost by rounding."""
-    if PRECISE:
-        x -= lost
-        new = total + x
-        return new, (new - total) - x
-    else:
-        return total + x, lost
+def store_sums(to, a, b, weights, rows, NS: tl.constexpr, NP: tl.constexpr, BD: tl.constexpr, EXACT: tl.constexpr):
+    """sum_d a[t, n, d] weights[2 t, d] and sum_d b[t, n, d] weights[2 t + 1, d], to [TILE, NP, 2] of a tile of `rows` tokens.
+
+    tf32 has two digits more than bfloat16, to which the sums are rounded; of other dtypes EXACT, three products for one.
+    The product makes those of all pairs of tokens, of which one in TILE is wanted: the tensor cores have nothing else to do.
+    """
+    v, w = tl.arange(0, TILE * NS * 2), tl.arange(0, TILE * 2)
+    both = tl.reshape(tl.permute(tl.join(a, b), (0, 1, 3, 2)), (TILE * NS * 2, BD))
+    pairs = tl.dot(both, tl.trans(weights), input_precision="tf32x3" if EXACT else "tf32")
+    t = v // (2 * NS)
+    at = (to + t * (2 * NP) + v % (2 * NS))[:, None] + tl.zeros((TILE * 2,), tl.int32)[None, :]
+    tl.store(at, pairs, ((2 * t + v % 2)[:, None] == w[None, :]) & (t < rows)[:, None])
 
 
 @triton.jit(do_not_specialize=RUN_TIME, do_not_specialize_on_alignment=UNALIGNED)
 def gradient_kernel(
     x, dt, A, BC, D, z, bias, states, dy, d_final, d_initial, dx, ddt, dz, dA, dBC, dD, dbias, carry, table,
     T, row_blocks, segment_blocks, row_segments, given, tokens,
-    WIDTH: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, GROUPS: tl.constexpr, SIDE: tl.constexpr, BD: tl.constexpr,
+    WIDTH: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, NS: tl.constexpr, BD: tl.constexpr,
     X_STRIDE: tl.constexpr, DT_STRIDE: tl.constexpr, Z_STRIDE: tl.constexpr,
     GATE: tl.constexpr, SOFTPLUS: tl.constexpr, PACKED: tl.constexpr, PRECISE: tl.constexpr,
 ):  # fmt: skip
-    """One program: BD channels, a segment. Arguments as in `walk_kernel`.
+    """One program: BD channels, a segment, NS states at a time. Arguments as in `walk_kernel`.
 
     dy, dx, ddt, dz: [tokens, WIDTH]; d_final, d_initial: [documents, N, WIDTH]. carry: [segments, N, WIDTH], the gradient of
-    the state that leaves a segment of several. Partial sums, added up by the caller, so that every run gives the same bits:
-    dA [segments, N, WIDTH]; dBC [2, WIDTH / BD, tokens, NP], dD, dbias [segments, WIDTH].
+    the state that leaves a segment of several, and from tile to tile that of the state between them. Partial sums, added up by
+    the caller, so that every run gives the same bits: dA [segments, N, WIDTH], zeros before; dBC [WIDTH / BD, tokens, NP, 2];
+    dD, dbias [segments, WIDTH].
     grid     (WIDTH / BD, segments)
     traffic  x, dt, z, dy, dx, ddt and dz once, and x, dt, z and dy again from the L2: 14 bytes a token and channel in
-             bfloat16; of the states 4 at N = 16; of dB and dC 2 N / BD floats
+             bfloat16; of the states 2 at N = 16; of dBC N / 16
+    cost     N + 9 special functions a token and channel, about 23 N instructions: what the kernel waits for
     oracle   hf_linear.ops.reference.selective_scan
     """
     segment = tl.program_id(1).to(tl.int64)
     of_row = segment // row_segments
     first_block = (tl.program_id(1) % row_segments) * segment_blocks
     last_block = tl.minimum(first_block + segment_blocks, row_blocks)
-    NI: tl.constexpr = NP // GROUPS
     d, i = tl.program_id(0) * BD + tl.arange(0, BD), tl.arange(0, TILE)
-    n = tl.arange(0, GROUPS)[:, None, None] * NI + tl.arange(0, NI)[None, :, None]
     in_d = d < WIDTH
     SIZE: tl.constexpr = N * WIDTH
-    of_state, in_state = n * WIDTH + tl.max_contiguous(d, SIDE)[None, None, :], (n < N) & in_d[None, None, :]
-    A_ = tl.load(A + of_state, in_state, 0.0)
     D_, bias_ = tl.load(D + d, in_d, 0.0)[None, :], tl.load(bias + d, in_d, 0.0)[None, :]
-    dA_ = tl.zeros((GROUPS, NI, BD), tl.float32)
-    dD_, dbias_ = tl.zeros((TILE, BD), tl.float32), tl.zeros((TILE, BD), tl.float32)
-    lost_A, lost_D, lost_bias = dA_, dD_, dbias_
-    dh = tl.load(carry + segment * SIZE + of_state, in_state & (row_segments > 1), 0.0)
-    if not PACKED:
-        if last_block == row_blocks:
-            dh = tl.load(d_final + of_row * SIZE + of_state, in_state & (given != 0), 0.0)
+    dD_, dbias_ = tl.zeros((BD,), tl.float32), tl.zeros((BD,), tl.float32)
+    carry += segment * SIZE
     for part in range(0, last_block - first_block):
         block = of_row * row_blocks + last_block - 1 - part
         start, length = locate(block, T, row_blocks, table, PACKED, 1)
+        document = of_row
+        begins, ends = part == last_block - 1, (part == 0) & (last_block == row_blocks)
         if PACKED:
             document, place = tl.load(table + block * FIELDS + 2).to(tl.int64), tl.load(table + block * FIELDS + 3)
-            if (place & 2) != 0:
-                dh = tl.load(d_final + document * SIZE + of_state, in_state & (given != 0), 0.0)
+            begins, ends = (place & 1) != 0, (place & 2) != 0
         tiles = tl.cdiv(length, TILE)
-        last = tl.maximum(tiles - 1, 0)
-        next_h = tl.load(states + (block * TILES + last) * SIZE + of_state, in_state, 0.0)
-        next_x = load_tile(x, start + last * TILE, length - last * TILE, d, X_STRIDE, WIDTH, BD)
-        next_dt = load_tile(dt, start + last * TILE, length - last * TILE, d, DT_STRIDE, WIDTH, BD)
-        next_dy = load_tile(dy, start + last * TILE, length - last * TILE, d, WIDTH, WIDTH, BD)
-        if GATE:
-            next_z = load_tile(z, start + last * TILE, length - last * TILE, d, Z_STRIDE, WIDTH, BD)
         for back in range(0, tiles):
             tile = tiles - 1 - back
             first, rows = start + tile * TILE, length - tile * TILE
-            h = next_h.to(tl.float32)
-            dt_ = step_sizes(next_dt, bias_, rows, SOFTPLUS, PRECISE)
-            x_, g = next_x.to(tl.float32), next_dy.to(tl.float32)
-            if GATE:
-                z_ = next_z.to(tl.float32)
-                g *= z_ * sigmoid(z_, PRECISE)
-            # Under way while this tile is walked over.
-            ahead = tl.maximum(tile - 1, 0)
-            next_h = tl.load(states + (block * TILES + ahead) * SIZE + of_state, in_state, 0.0)
-            next_x = load_tile(x, start + ahead * TILE, length - ahead * TILE, d, X_STRIDE, WIDTH, BD)
-            next_dt = load_tile(dt, start + ahead * TILE, length - ahead * TILE, d, DT_STRIDE, WIDTH, BD)
-            next_dy = load_tile(dy, start + ahead * TILE, length - ahead * TILE, d, WIDTH, WIDTH, BD)
-            if GATE:
-                next_z = load_tile(z, start + ahead * TILE, length - ahead * TILE, d, Z_STRIDE, WIDTH, BD)
-            both = rows_of(behind(dt_, dt_ * x_), 2 * TILE)
-            decays, states_ = (), ()
-            for t in tl.static_range(TILE):
-                B_t, _ = load_group(BC, first, t, NI, GROUPS)
-                decay = decay_of(both[t][None, None, :] * A_, PRECISE)
-                decays, states_ = decays + (decay,), states_ + (h,)
-                h = decay * h + both[TILE + t][None, None, :] * B_t
-            read = rows_of(g, TILE)
-            tl.debug_barrier()  # or B would be kept in registers from above
-            ys, dus, ddts, dBs, dCs = (), (), (), (), ()
-            own = tl.zeros((GROUPS, NI, BD), tl.float32) if PRECISE else dA_  # added up apart, for fewer roundings
-            for s in tl.static_range(TILE):
-                step, u = both[TILE - 1 - s][None, None, :], both[2 * TILE - 1 - s][None, None, :]
-                g_ = read[TILE - 1 - s][None, None, :]
-                B_t, C_t = load_group(BC, first, TILE - 1 - s, NI, GROUPS)
-                ys, dCs = (tl.sum(h * C_t, 1),) + ys, (side_sums(g_ * h, SIDE),) + dCs
-                dh += g_ * C_t
-                dus, dBs = (tl.sum(dh * B_t, 1),) + dus, (side_sums(u * dh, SIDE),) + dBs
-                dh *= decays[TILE - 1 - s]
-                h = states_[TILE - 1 - s]
-                own += dh * h * step
-                ddts = (tl.sum(dh * h * A_, 1),) + ddts
-            # The inputs again: their registers would be missed above.
-            x_, raw = load_tile(x, first, rows, d, X_STRIDE, WIDTH, BD), load_tile(dt, first, rows, d, DT_STRIDE, WIDTH, BD)
-            g = load_tile(dy, first, rows, d, WIDTH, WIDTH, BD)
+            dt_ = step_sizes(dt, bias_, first, rows, d, DT_STRIDE, WIDTH, BD, SOFTPLUS, PRECISE)
+            x_, g = load_tile(x, first, rows, d, X_STRIDE, WIDTH, BD), load_tile(dy, first, rows, d, WIDTH, WIDTH, BD)
             if GATE:
                 z_ = load_tile(z, first, rows, d, Z_STRIDE, WIDTH, BD)
-            if PRECISE:
-                dA_, lost_A = add_to(dA_, lost_A, own, PRECISE)
-            else:
-                dA_ = own
-            k, R = tl.arange(0, 2 * TILE * NP), TILE * NP
-            apart_ = tl.num_programs(0).to(tl.int64) * tokens * NP
-            to = dBC + (tl.program_id(0).to(tl.int64) * tokens + first) * NP + k // R * apart_ + k % R
-            tl.store(to, sums_over_channels(dBs + dCs, 2 * TILE, NP), k % R < rows * NP)
-            du, ddt_ = apart(tile_of(dus + ddts, 2 * TILE, GROUPS, BD))
-            y_ = tile_of(ys, TILE, GROUPS, BD)
-            x_, g = x_.to(tl.float32), g.to(tl.float32)
+                g *= z_ * sigmoid(z_, PRECISE)
+            u = dt_ * x_
+            weights = tl.reshape(tl.permute(tl.join(u, g), (0, 2, 1)), (TILE * 2, BD))
+            y_, du, ddt_ = D_ * x_, tl.zeros((TILE, BD), tl.float32), tl.zeros((TILE, BD), tl.float32)
+            enters = ends & (back == 0)
+            behind = tl.where(enters, d_final + document * SIZE, carry)
+            known = (given != 0) | (enters == 0)
+            for n0 in range(0, NP, NS):
+                n = n0 + tl.arange(0, NS)
+                of_state, in_state = n[:, None] * WIDTH + d[None, :], (n < N)[:, None] & in_d[None, :]
+                A_ = tl.load(A + of_state, in_state, 0.0)
+                h = tl.load(states + (block * TILES + tile) * SIZE + of_state, in_state, 0.0).to(tl.float32)
+                dh = tl.load(behind + of_state, in_state & known, 0.0)
+                at = (first * NP + n0) * 2 + i[:, None] * (2 * NP) + tl.arange(0, 2 * NS)[None, :]
+                B_, C_ = tl.split(tl.reshape(tl.load(BC + at), (TILE, NS, 2)))
+                B_, C_ = B_[:, :, None], C_[:, :, None]
+                decay = decay_of(dt_[:, None, :] * A_[None, :, :], PRECISE)
+                added, read = u[:, None, :] * B_, g[:, None, :] * C_
+                before, after = tl.zeros((TILE, NS, BD), tl.float32), tl.zeros((TILE, NS, BD), tl.float32)
+                grad = tl.zeros((TILE, NS, BD), tl.float32)
+                for t in tl.static_range(TILE):
+                    here = (i == t)[:, None, None]
+                    before = tl.where(here, h[None, :, :], before)
+                    h = pick(decay, here, 0) * h + pick(added, here, 0)
+                    after = tl.where(here, h[None, :, :], after)
+                for t in tl.static_range(TILE):
+                    here = (i == TILE - 1 - t)[:, None, None]
+                    dh += pick(read, here, 0)
+                    grad = tl.where(here, dh[None, :, :], grad)
+                    dh *= pick(decay, here, 0)
+                tl.store(carry + of_state, dh, in_state)
+                tl.store(d_initial + document * SIZE + of_state, dh, in_state & begins & (tile == 0))
+                e = grad * decay * before
+                for k in tl.static_range(NS):
+                    here = (tl.arange(0, NS) == k)[None, :, None]
+                    y_ += pick(after * C_, here, 1)
+                    du += pick(grad * B_, here, 1)
+                    ddt_ += pick(e * A_[None, :, :], here, 1)
+                to_dA = dA + segment * SIZE + of_state
+                tl.store(to_dA, tl.load(to_dA, in_state, 0.0) + tl.sum(e * dt_[:, None, :], 0), in_state)
+                to = dBC + ((tl.program_id(0).to(tl.int64) * tokens + first) * NP + n0) * 2
+                store_sums(to, grad, after, weights, rows, NS, NP, BD, x.dtype.element_ty != tl.bfloat16)
+            # The inputs again: their registers would be missed above.
+            x_ = load_tile(x, first, rows, d, X_STRIDE, WIDTH, BD)
             ddt_ = ddt_ * 0.6931471805599453 + x_ * du
             if SOFTPLUS:
-                ddt_ *= sigmoid(raw.to(tl.float32) + bias_, PRECISE)
-            ddt_ = tl.where((i < rows)[:, None], ddt_, 0.0)
-            if GATE:
-                z_ = z_.to(tl.float32)
-                gate = sigmoid(z_, PRECISE)
-                slope = gate * (1 + z_ * (1 - gate))
-                store_tile(dz, first, rows, d, g * (y_ + D_ * x_) * slope, WIDTH, WIDTH, BD)
-                g *= z_ * gate
-            dD_, lost_D = add_to(dD_, lost_D, g * x_, PRECISE)
-            dbias_, lost_bias = add_to(dbias_, lost_bias, ddt_, PRECISE)
+                raw = load_tile(dt, first, rows, d, DT_STRIDE, WIDTH, BD, float("-inf"))
+                ddt_ *= sigmoid(raw + bias_, PRECISE)
+            else:
+                ddt_ = tl.where((i < rows)[:, None], ddt_, 0.0)
+            dD_ += tl.sum(g * x_, 0)
+            dbias_ += tl.sum(ddt_, 0)
             store_tile(dx, first, rows, d, dt_ * du + D_ * g, WIDTH, WIDTH, BD)
             store_tile(ddt, first, rows, d, ddt_, WIDTH, WIDTH, BD)
-        if PACKED:
-            if (place & 1) != 0:
-                tl.store(d_initial + document * SIZE + of_state, dh, in_state)
-    if not PACKED:
-        if first_block == 0:
-            tl.store(d_initial + of_row * SIZE + of_state, dh, in_state)
-    tl.store(dA + segment * SIZE + of_state, dA_, in_state)
-    tl.store(dD + segment * WIDTH + d, tl.sum(dD_, 0), in_d)
-    tl.store(dbias + segment * WIDTH + d, tl.sum(dbias_, 0), in_d)
+            if GATE:
+                z_ = load_tile(z, first, rows, d, Z_STRIDE, WIDTH, BD)
+                gate = sigmoid(z_, PRECISE)
+                slope = gate * (1 + z_ * (1 - gate))
+                store_tile(dz, first, rows, d, load_tile(dy, first, rows, d, WIDTH, WIDTH, BD) * y_ * slope, WIDTH, WIDTH, BD)
+    tl.store(dD + segment * WIDTH + d, dD_, in_d)
+    tl.store(dbias + segment * WIDTH + d, dbias_, in_d)

@@ -17,11 +17,10 @@ from hf_linear.kernels.selective_scan_tiles import (
     RUN_TIME,
     TILE,
     UNALIGNED,
-    behind,
     decay_of,
-    load_group,
+    load_numbers,
     load_tile,
-    rows_of,
+    pick,
     sigmoid,
     step_sizes,
 )
@@ -31,7 +30,7 @@ from hf_linear.kernels.selective_scan_tiles import (
 def segment_kernel(
     v, dt, A, BC, z, bias, edge, added, total, table,
     T, row_blocks, segment_blocks, row_segments, given,
-    WIDTH: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, GROUPS: tl.constexpr, SIDE: tl.constexpr, BD: tl.constexpr,
+    WIDTH: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, BD: tl.constexpr,
     V_STRIDE: tl.constexpr, DT_STRIDE: tl.constexpr, Z_STRIDE: tl.constexpr,
     BACK: tl.constexpr, GATE: tl.constexpr, SOFTPLUS: tl.constexpr, PACKED: tl.constexpr, PRECISE: tl.constexpr,
 ):  # fmt: skip
@@ -44,14 +43,12 @@ def segment_kernel(
     of_row = segment // row_segments
     first_block = (tl.program_id(1) % row_segments) * segment_blocks
     steps = tl.minimum(first_block + segment_blocks, row_blocks) - first_block
-    NI: tl.constexpr = NP // GROUPS
-    d = tl.program_id(0) * BD + tl.arange(0, BD)
-    n = tl.arange(0, GROUPS)[:, None, None] * NI + tl.arange(0, NI)[None, :, None]
+    d, n, i = tl.program_id(0) * BD + tl.arange(0, BD), tl.arange(0, NP), tl.arange(0, TILE)
     in_d = d < WIDTH
     SIZE: tl.constexpr = N * WIDTH
-    of_state, in_state = n * WIDTH + tl.max_contiguous(d, SIDE)[None, None, :], (n < N) & in_d[None, None, :]
+    of_state, in_state = n[:, None] * WIDTH + d[None, :], (n < N)[:, None] & in_d[None, :]
     A_, bias_ = tl.load(A + of_state, in_state, 0.0), tl.load(bias + d, in_d, 0.0)[None, :]
-    h, sum_ = tl.zeros((GROUPS, NI, BD), tl.float32), tl.zeros((TILE, BD), tl.float32)
+    h, sum_ = tl.zeros((NP, BD), tl.float32), tl.zeros((BD,), tl.float32)
     if not PACKED:
         at_edge = first_block + steps == row_blocks if BACK else first_block == 0
         h = tl.load(edge + of_row * SIZE + of_state, in_state & at_edge & (given != 0), 0.0)
@@ -67,22 +64,22 @@ def segment_kernel(
         for k in range(0, tiles):
             tile = tiles - 1 - k if BACK else k
             first, rows = start + tile * TILE, length - tile * TILE
-            dt_ = step_sizes(load_tile(dt, first, rows, d, DT_STRIDE, WIDTH, BD), bias_, rows, SOFTPLUS, PRECISE)
-            value = load_tile(v, first, rows, d, V_STRIDE, WIDTH, BD).to(tl.float32)
+            dt_ = step_sizes(dt, bias_, first, rows, d, DT_STRIDE, WIDTH, BD, SOFTPLUS, PRECISE)
+            value = load_tile(v, first, rows, d, V_STRIDE, WIDTH, BD)
             if not BACK:
                 value *= dt_
             elif GATE:
-                z_ = load_tile(z, first, rows, d, Z_STRIDE, WIDTH, BD).to(tl.float32)
+                z_ = load_tile(z, first, rows, d, Z_STRIDE, WIDTH, BD)
                 value *= z_ * sigmoid(z_, PRECISE)
-            both = rows_of(behind(dt_, value), 2 * TILE)
             for s in tl.static_range(TILE):
-                B_t, C_t = load_group(BC, first, TILE - 1 - s if BACK else s, NI, GROUPS)
-                own = both[TILE + (TILE - 1 - s if BACK else s)][None, None, :] * (C_t if BACK else B_t)
-                decay = decay_of(both[TILE - 1 - s if BACK else s][None, None, :] * A_, PRECISE)
+                here = (i == (TILE - 1 - s if BACK else s))[:, None]
+                B_t, C_t = load_numbers(BC, first, TILE - 1 - s if BACK else s, NP)
+                own = pick(value, here, 0)[None, :] * (C_t if BACK else B_t)[:, None]
+                decay = decay_of(pick(dt_, here, 0)[None, :] * A_, PRECISE)
                 h = decay * (h + own) if BACK else decay * h + own
-            sum_ += dt_
+            sum_ += tl.sum(dt_, 0)
     tl.store(added + segment * SIZE + of_state, h, in_state)
-    tl.store(total + segment * WIDTH + d, tl.sum(sum_, 0), in_d)
+    tl.store(total + segment * WIDTH + d, sum_, in_d)
 
 
 @triton.jit(do_not_specialize=("row_segments",), do_not_specialize_on_alignment=UNALIGNED)

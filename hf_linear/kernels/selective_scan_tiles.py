@@ -13,11 +13,23 @@ import triton.language as tl
 from hf_linear.kernels.layout import BLOCK
 from hf_linear.kernels.precise import exp
 
-TILE = tl.constexpr(8)  # tokens
-LEVELS = tl.constexpr(TILE.value.bit_length() - 1)
+TILE = tl.constexpr(16)  # tokens
 TILES = tl.constexpr(BLOCK.value // TILE.value)  # of a block
+CHANNELS = 128  # of a program, one a thread
 RUN_TIME = ("T", "row_blocks", "segment_blocks", "row_segments", "given", "tokens")
-UNALIGNED = (*("D", "bias", "initial", "final", "edge", "B", "C", "d_final"),)
+UNALIGNED = (
+    *("x", "v", "dt", "A", "D", "z", "bias", "y", "initial", "final", "states", "edge", "added", "total", "entering"),
+    *("dy", "d_final", "d_initial", "dx", "ddt", "dz", "dA", "dD", "dbias", "carry", "B", "C"),
+)
+
+
+@triton.jit
+def pick(tile, here, axis: tl.constexpr):
+    """The slice of a tile that the mask says, along an axis whose places are registers of one thread.
+
+    Summed as integers, for which 0 + x is x: nothing is left of it in the compiled kernel.
+    """
+    return tl.sum(tl.where(here, tile.to(tl.int32, bitcast=True), 0), axis).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -37,106 +49,24 @@ def load_tile(x, first, rows, d, STRIDE: tl.constexpr, WIDTH: tl.constexpr, BD: 
         found = tl.load(at)
     else:
         found = tl.load(at, (tl.arange(0, TILE) < rows)[:, None] & (d < WIDTH)[None, :], other)
-    return found
+    return found.to(tl.float32)
 
 
 @triton.jit(do_not_specialize=("tokens", "B_stride", "C_stride"), do_not_specialize_on_alignment=UNALIGNED)
 def numbers_kernel(B, C, BC, tokens, B_stride, C_stride, N: tl.constexpr, NP: tl.constexpr, ROWS: tl.constexpr):
-    """BC [tokens + TILE, 2, NP] float32 of B and C [tokens, N], zeros where these have nothing. grid (tokens / ROWS,)"""
+    """BC [tokens + TILE, NP, 2] float32 of B and C [tokens, N], zeros where these have nothing. grid (tokens / ROWS,)"""
     token, n = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS), tl.arange(0, NP)
     inside = (token < tokens)[:, None] & (n < N)[None, :]
     B_ = tl.load(B + token[:, None] * B_stride + n[None, :], inside, 0.0).to(tl.float32)
     C_ = tl.load(C + token[:, None] * C_stride + n[None, :], inside, 0.0).to(tl.float32)
     to = BC + token[:, None] * (2 * NP) + tl.arange(0, 2 * NP)[None, :]
-    tl.store(to, tl.reshape(tl.permute(tl.join(B_, C_), (0, 2, 1)), (ROWS, 2 * NP)), (token < tokens + TILE)[:, None])
+    tl.store(to, tl.reshape(tl.join(B_, C_), (ROWS, 2 * NP)), (token < tokens + TILE)[:, None])
 
 
 @triton.jit
-def rows_of(tile, COUNT: tl.constexpr):
-    """The rows of a tile [COUNT, BD], [BD] each, in registers of every thread that has the channels, however the tile lay."""
-    BD: tl.constexpr = tile.shape[1]
-    # Triton would compute what led here anew in every thread, but not a sum.
-    parts = (tl.sum(tl.reshape(tile, (COUNT, BD, 1)), 2),)
-    for level in tl.static_range(8):
-        if COUNT >= 2 ** (level + 1):
-            # even and odd rows: so the first step goes through shared memory, with the whole tile, and no other
-            even, odd = (), ()
-            for k in tl.static_range(2**level):
-                two = tl.reshape(parts[k], (COUNT // 2 ** (level + 1), 2, BD))
-                a, b = tl.split(tl.permute(two, (0, 2, 1)))
-                even, odd = even + (a,), odd + (b,)
-            parts = even + odd
-    rows = ()
-    for k in tl.static_range(COUNT):
-        rows = rows + (tl.reshape(parts[k], (BD,)),)
-    return rows
-
-
-@triton.jit
-def apart(tiles):
-    """The two tiles [R, BD] that lie behind each other in [2 R, BD]."""
-    two = tl.reshape(tiles, (2, tiles.shape[0] // 2, tiles.shape[1]))
-    return tl.split(tl.permute(two, (1, 2, 0)))
-
-
-@triton.jit
-def behind(a, b):
-    return tl.reshape(tl.permute(tl.join(a, b), (2, 0, 1)), (2 * a.shape[0], a.shape[1]))
-
-
-@triton.jit
-def stack(rows, COUNT: tl.constexpr):
-    """[COUNT, numbers] of its rows."""
-    parts = ()
-    for k in tl.static_range(COUNT):
-        parts = parts + (tl.reshape(rows[k], (1, rows[k].numel)),)
-    for level in tl.static_range(8):
-        if COUNT >= 2 ** (level + 1):
-            pairs = ()
-            for k in tl.static_range(COUNT // 2 ** (level + 1)):
-                pairs = pairs + (behind(parts[2 * k], parts[2 * k + 1]),)
-            parts = pairs
-    return parts[0]
-
-
-@triton.jit
-def tile_of(rows, COUNT: tl.constexpr, GROUPS: tl.constexpr, BD: tl.constexpr):
-    """[COUNT, BD] of its rows [GROUPS, BD], summed over groups: warps each have some states of a channel."""
-    return over_groups(tl.reshape(stack(rows, COUNT), (COUNT, GROUPS, BD)), GROUPS)
-
-
-@triton.jit
-def side_sums(x, SIDE: tl.constexpr):
-    """The sums over a thread's own channels: [GROUPS, NI, BD / SIDE] of x [GROUPS, NI, BD]."""
-    return tl.sum(tl.reshape(x, (x.shape[0], x.shape[1], x.shape[2] // SIDE, SIDE)), 3)
-
-
-@triton.jit
-def sums_over_channels(sums, COUNT: tl.constexpr, NP: tl.constexpr):
-    """[COUNT NP] of COUNT times [GROUPS, NI, L]."""
-    L: tl.constexpr = sums[0].shape[2]
-    total = over_groups(tl.reshape(stack(sums, COUNT), (COUNT * NP, L, 1)), L)
-    return tl.reshape(total, (COUNT * NP,))
-
-
-@triton.jit
-def over_groups(x, GROUPS: tl.constexpr):
-    """[R, BD] of x [R, GROUPS, BD]: through shared memory once, and summed by one thread, in a fixed order."""
-    for _ in tl.static_range(8):
-        if x.shape[1] > 1:
-            two = tl.reshape(x, (x.shape[0], 2, x.shape[1] // 2, x.shape[2]))
-            a, b = tl.split(tl.permute(two, (0, 2, 3, 1)))
-            x = a + b
-    return tl.reshape(x, (x.shape[0], x.shape[2]))
-
-
-@triton.jit
-def load_group(BC, first, t: tl.constexpr, NI: tl.constexpr, GROUPS: tl.constexpr):
-    """B and C of a tile's token t, [GROUPS, NI, 1] each."""
-    NP: tl.constexpr = NI * GROUPS
-    at = BC + first * (2 * NP) + (t * (2 * NP) + tl.arange(0, NP))
-    B_t, C_t = tl.reshape(tl.load(at), (GROUPS, NI)), tl.reshape(tl.load(at + NP), (GROUPS, NI))
-    return B_t[:, :, None], C_t[:, :, None]
+def load_numbers(BC, first, t: tl.constexpr, NP: tl.constexpr):
+    """B and C of a tile's token t, [NP] each: 16 bytes at a time."""
+    return tl.split(tl.reshape(tl.load(BC + first * (2 * NP) + (t * (2 * NP) + tl.arange(0, 2 * NP))), (NP, 2)))
 
 
 @triton.jit
@@ -198,9 +128,11 @@ def softplus(x, PRECISE: tl.constexpr):
 
 
 @triton.jit
-def step_sizes(raw, bias, rows, SOFTPLUS: tl.constexpr, PRECISE: tl.constexpr):
+def step_sizes(
+    dt, bias, first, rows, d, STRIDE: tl.constexpr, WIDTH: tl.constexpr, BD: tl.constexpr, SOFTPLUS: tl.constexpr,
+    PRECISE: tl.constexpr,
+):  # fmt: skip
     """softplus(dt + bias) or dt + bias of a tile; 0, a step that changes nothing, where there is no token."""
-    steps = raw.to(tl.float32) + bias
     if SOFTPLUS:
-        steps = softplus(steps, PRECISE)
-    return tl.where((tl.arange(0, TILE) < rows)[:, None], steps, 0.0)
+        return softplus(load_tile(dt, first, rows, d, STRIDE, WIDTH, BD, float("-inf")) + bias, PRECISE)
+    return tl.where((tl.arange(0, TILE) < rows)[:, None], load_tile(dt, first, rows, d, STRIDE, WIDTH, BD) + bias, 0.0)

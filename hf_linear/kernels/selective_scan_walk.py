@@ -16,15 +16,13 @@ from hf_linear.kernels.selective_scan_tiles import (
     TILE,
     TILES,
     UNALIGNED,
-    behind,
     decay_of,
-    load_group,
+    load_numbers,
     load_tile,
-    rows_of,
+    pick,
     sigmoid,
     step_sizes,
     store_tile,
-    tile_of,
 )
 
 
@@ -32,14 +30,14 @@ from hf_linear.kernels.selective_scan_tiles import (
 def walk_kernel(
     x, dt, A, BC, D, z, bias, y, initial, final, entering, states, table,
     T, row_blocks, segment_blocks, row_segments, given,
-    WIDTH: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, GROUPS: tl.constexpr, SIDE: tl.constexpr, BD: tl.constexpr,
+    WIDTH: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, BD: tl.constexpr,
     X_STRIDE: tl.constexpr, DT_STRIDE: tl.constexpr, Z_STRIDE: tl.constexpr,
     GATE: tl.constexpr, SOFTPLUS: tl.constexpr, KEEP: tl.constexpr, PACKED: tl.constexpr, PRECISE: tl.constexpr,
 ):  # fmt: skip
     """One program: BD channels, a segment of a row.
 
     x, dt, z and y: [tokens, WIDTH], the first three with a stride of their own between tokens; A: [N, WIDTH], times log2(e);
-    BC: [tokens + TILE, 2, NP] float32, B and C side by side, zeros from N on; D, bias: [WIDTH] float32; initial, final:
+    BC: [tokens + TILE, NP, 2] float32, B and C side by side, zeros from N on; D, bias: [WIDTH] float32; initial, final:
     [documents, N, WIDTH]; entering: [segments, N, WIDTH], the state before each segment of several. KEEP: states
     [blocks TILES, N, WIDTH], the state before every tile.
     grid     (WIDTH / BD, segments)
@@ -52,12 +50,10 @@ def walk_kernel(
     of_row = segment // row_segments
     first_block = (tl.program_id(1) % row_segments) * segment_blocks
     last_block = tl.minimum(first_block + segment_blocks, row_blocks)
-    NI: tl.constexpr = NP // GROUPS
-    d = tl.program_id(0) * BD + tl.arange(0, BD)
-    n = tl.arange(0, GROUPS)[:, None, None] * NI + tl.arange(0, NI)[None, :, None]
+    d, n, i = tl.program_id(0) * BD + tl.arange(0, BD), tl.arange(0, NP), tl.arange(0, TILE)
     in_d = d < WIDTH
     SIZE: tl.constexpr = N * WIDTH
-    of_state, in_state = n * WIDTH + tl.max_contiguous(d, SIDE)[None, None, :], (n < N) & in_d[None, None, :]
+    of_state, in_state = n[:, None] * WIDTH + d[None, :], (n < N)[:, None] & in_d[None, :]
     A_ = tl.load(A + of_state, in_state, 0.0)
     D_, bias_ = tl.load(D + d, in_d, 0.0)[None, :], tl.load(bias + d, in_d, 0.0)[None, :]
     h = tl.load(entering + segment * SIZE + of_state, in_state & (row_segments > 1), 0.0)
@@ -71,29 +67,21 @@ def walk_kernel(
             document, place = tl.load(table + block * FIELDS + 2).to(tl.int64), tl.load(table + block * FIELDS + 3)
             if (place & 1) != 0:
                 h = tl.load(initial + document * SIZE + of_state, in_state & (given != 0), 0.0)
-        tiles = tl.cdiv(length, TILE)
-        next_x = load_tile(x, start, length, d, X_STRIDE, WIDTH, BD)
-        next_dt = load_tile(dt, start, length, d, DT_STRIDE, WIDTH, BD)
-        for tile in range(0, tiles):
+        for tile in range(0, tl.cdiv(length, TILE)):
             first, rows = start + tile * TILE, length - tile * TILE
-            x_, dt_ = next_x.to(tl.float32), step_sizes(next_dt, bias_, rows, SOFTPLUS, PRECISE)
-            # Under way while this tile is walked over.
-            ahead = tl.minimum(tile + 1, tiles - 1) * TILE
-            next_x = load_tile(x, start + ahead, length - ahead, d, X_STRIDE, WIDTH, BD)
-            next_dt = load_tile(dt, start + ahead, length - ahead, d, DT_STRIDE, WIDTH, BD)
-            if GATE:
-                z_ = load_tile(z, first, rows, d, Z_STRIDE, WIDTH, BD)
             if KEEP:
                 tl.store(states + (block * TILES + tile) * SIZE + of_state, h.to(states.dtype.element_ty), in_state)
-            rows_, sums = rows_of(behind(dt_, dt_ * x_), 2 * TILE), ()
+            x_ = load_tile(x, first, rows, d, X_STRIDE, WIDTH, BD)
+            dt_ = step_sizes(dt, bias_, first, rows, d, DT_STRIDE, WIDTH, BD, SOFTPLUS, PRECISE)
+            u, y_ = dt_ * x_, tl.zeros((TILE, BD), tl.float32)
             for t in tl.static_range(TILE):
-                B_t, C_t = load_group(BC, first, t, NI, GROUPS)
-                h = decay_of(rows_[t][None, None, :] * A_, PRECISE) * h + rows_[TILE + t][None, None, :] * B_t
-                sums = sums + (tl.sum(h * C_t, 1),)
-            y_ = tile_of(sums, TILE, GROUPS, BD)
+                here = (i == t)[:, None]
+                B_t, C_t = load_numbers(BC, first, t, NP)
+                h = decay_of(pick(dt_, here, 0)[None, :] * A_, PRECISE) * h + pick(u, here, 0)[None, :] * B_t[:, None]
+                y_ = tl.where(here, tl.sum(h * C_t[:, None], 0)[None, :], y_)
             y_ += D_ * x_
             if GATE:
-                z_ = z_.to(tl.float32)
+                z_ = load_tile(z, first, rows, d, Z_STRIDE, WIDTH, BD)
                 y_ *= z_ * sigmoid(z_, PRECISE)
             store_tile(y, first, rows, d, y_, WIDTH, WIDTH, BD)
         if PACKED:

@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hf_linear.kernels.autograd import operator
-from hf_linear.kernels.launch import aligned, cdiv, launch, on_device, ready
+from hf_linear.kernels.launch import cdiv, evenly_spaced, launch, on_device, ready
 from hf_linear.kernels.layout import BLOCK, FIELDS, locate, make_layout
 from hf_linear.kernels.selective_scan_tiles import sigmoid
 
@@ -223,6 +223,11 @@ class Convolution:
             ), lambda: self.constants,
         )  # fmt: skip
         return dx, dw.sum(0).T, db.sum(0), d_initial
+
+
+def aligned(x: Tensor) -> Tensor:
+    x = evenly_spaced(x)
+    return x if x.data_ptr() % 16 == 0 else x.clone(memory_format=torch.contiguous_format)
 
 
 def forward(
