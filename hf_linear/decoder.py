@@ -37,11 +37,13 @@ from hf_linear.checkpoints.layout import (
 )
 from hf_linear.config import LinearConfig
 from hf_linear.inputs import (
+    PREFIX,
     check_inputs,
     check_mask,
     check_packed,
     check_window,
     document_boundaries,
+    follows_prefix,
     padding_mask,
     positions,
 )
@@ -249,7 +251,7 @@ class LinearModel(LinearPreTrainedModel):
         if isinstance(attention_mask, dict):
             return attention_mask
         kinds = self.config.layer_types
-        masks: dict[str, Tensor | None] = {}
+        masks: dict[str, Any] = {}
         if "linear_attention" in kinds:
             masks["linear_attention"] = padding_mask(attention_mask, x.shape[1])
         arguments = {
@@ -260,7 +262,12 @@ class LinearModel(LinearPreTrainedModel):
             "position_ids": position_ids.expand(x.shape[0], -1),
         }
         if "full_attention" in kinds:
-            masks["full_attention"] = create_causal_mask(**arguments, layer_idx=kinds.index("full_attention"))
+            layer_idx = kinds.index("full_attention")
+            sdpa = self.config._attn_implementation == "sdpa"
+            if sdpa and follows_prefix(attention_mask, x.shape[1], past_key_values, layer_idx):
+                masks["full_attention"] = PREFIX
+            else:
+                masks["full_attention"] = create_causal_mask(**arguments, layer_idx=layer_idx)
         if "sliding_attention" in kinds:
             check_window(attention_mask, past_key_values, self.config.sliding_window)
             layer_idx = kinds.index("sliding_attention")

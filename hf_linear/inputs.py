@@ -8,6 +8,8 @@ from transformers.cache_utils import Cache
 
 from hf_linear.ops.dispatch import check_packed as check_boundaries
 
+PREFIX = "prefix"  # in the place of attention's mask: new tokens see all cached ones and, of themselves, those before
+
 
 def padding_mask(attention_mask: Tensor | None, T: int) -> Tensor | None:
     """The new tokens' part of a padding mask [B, past + T], None where nothing is padded."""
@@ -30,6 +32,16 @@ def padding_mask(attention_mask: Tensor | None, T: int) -> Tensor | None:
             )
     # With strides of its own: those of a view grow with the mask, and a graph is compiled anew for each.
     return mask.clone(memory_format=torch.contiguous_format)
+
+
+def follows_prefix(attention_mask: Tensor | None, T: int, past_key_values: Cache | None, layer_idx: int) -> bool:
+    """Whether T > 1 new tokens follow others that a growing layer of the cache holds, and none of all these is padding."""
+    if torch.compiler.is_compiling():  # a graph cannot ask a mask, and would be another for every number of slices
+        return False
+    seen = 0 if past_key_values is None else past_key_values.get_seq_length(layer_idx)
+    if isinstance(seen, Tensor) or seen == 0 or T == 1:  # a static layer counts in a tensor
+        return False
+    return attention_mask is None or (attention_mask.dim() == 2 and bool((attention_mask == 1).all()))
 
 
 def check_window(attention_mask: Tensor | None, past_key_values: Cache | None, window: int) -> None:

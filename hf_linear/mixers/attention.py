@@ -7,15 +7,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.backends.cuda import SDPAParams, can_use_flash_attention
+from torch.nn import functional as F
 from transformers import Cache, PreTrainedConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hf_linear.cache import check_keys
+from hf_linear.inputs import PREFIX
 from hf_linear.modules.norm import RMSNorm
 from hf_linear.modules.rotary import AttentionRotary
 
 Linear = Callable[[int, int, bool], nn.Module]  # of a width in, a width out, with or without a bias
 Product = Callable[[str, Tensor], Tensor]  # of the weights that go by a name, and x
+PAIRS = 1 << 27  # of a query and a key in one mask: 256 MiB in 16 bits
 
 
 class AttentionWeights(nn.Module):
@@ -76,6 +80,8 @@ class Attention(AttentionWeights):
             check_keys(past_key_values, self.layer_idx, k)
             k, v = past_key_values.update(k, v, self.layer_idx)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
+        if attention_mask is PREFIX:
+            attend = prefix_attention
         o, weights = attend(
             self,
             q,
@@ -119,3 +125,42 @@ def eager_attention(
         scores = scores + mask
     weights = torch.softmax(scores, -1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype)
     return (weights @ v).transpose(1, 2), weights
+
+
+def prefix_attention(
+    module: Attention, q: Tensor, k: Tensor, v: Tensor, mask: str, scaling: float, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """SDPA of the last T of S tokens, each of which sees itself and all before it, without a mask of T x S.
+
+    q: [B, H, T, D]; k, v: [B, H / groups, S, D]. FlashAttention aligns its causal mask at the last token and knows groups;
+    PyTorch's public function, whose causal masks begin at the first token, offers it for T = S alone.
+    """
+    if has_flash_attention(q, k, v):
+        o = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, is_causal=True, scale=scaling)[0]
+    else:
+        o = attention_by_slices(q, k, v, module.num_key_value_groups, scaling)
+    return o.transpose(1, 2), None
+
+
+def has_flash_attention(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether PyTorch's FlashAttention takes these. ROCm's has no mask that ends at the last token; a graph cannot ask."""
+    if not torch.version.cuda or torch.compiler.is_compiling() or q.shape[-1] % 8:
+        return False
+    return can_use_flash_attention(SDPAParams(q, k, v, None, 0.0, False, True))
+
+
+def attention_by_slices(q: Tensor, k: Tensor, v: Tensor, groups: int, scaling: float) -> Tensor:
+    """The same with the rows of a mask for one slice of the queries at a time, [B, H, T, D]."""
+    B, T, S = len(q), q.shape[2], k.shape[2]
+    if q.device.type == "cpu":  # its kernel reads one head for a whole group, by a stride of 0
+        q = q.unflatten(1, (-1, groups)).flatten(0, 1)
+        k, v = (y.flatten(0, 1)[:, None].expand(-1, groups, -1, -1) for y in (k, v))
+    else:  # kernels of GPUs that take a mask know no groups, and are reported to misread such strides (pytorch issue 191937)
+        k, v = (y.repeat_interleave(groups, dim=1) for y in (k, v))
+    o, end = [], S - T
+    for part in q.split(max(PAIRS // S, 1), 2):
+        rows = part.shape[2]
+        end += rows
+        mask = q.new_full((rows, end), -torch.inf).triu_(end - rows + 1)
+        o.append(F.scaled_dot_product_attention(part, k[:, :, :end], v[:, :, :end], mask, scale=scaling))
+    return torch.cat(o, 2).reshape(B, -1, T, v.shape[-1])
