@@ -4,7 +4,7 @@ import math
 from pathlib import Path
 
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter
+from matplotlib.ticker import EngFormatter, MaxNLocator
 
 TRAINING, HELD_OUT = "#4477aa", "#cc3311"  # told apart by every eye
 COLORS = ("#4477aa", "#cc3311", "#228833", "#aa7700", "#aa3377")
@@ -72,6 +72,7 @@ def plot_hybrids(runs: list, path: str | Path) -> None:
             axes.annotate(run.pattern, at, (5, 3), textcoords="offset points", fontsize=7, color=color)
         axes.set(xlabel="attention layers", ylabel=of_task[0].metric, title=task)
         axes.margins(x=0.18)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].figure.savefig(path, dpi=150)
