@@ -149,6 +149,15 @@ def test_a_state_kept_in_registers(B, T, K, bounds, kind):
     assert_as_exact_as_chunked((q, k, v, g, initial), d_outputs, cu_seqlens)
 
 
+def test_a_document_beside_infinities():
+    """A walk reads the next document's tokens with a chunk that a document ends in, and makes nothing of them."""
+    (q, k, v, g, _), _ = make_inputs(1, 90, 1, 72, 256, PER_HEAD, torch.float16)
+    v[:, 70:] = torch.inf
+    bounds = torch.tensor([0, 70, 90], device=DEVICE)
+    packed, finals = ops.linear_attention(q, k, v, g, cu_seqlens=bounds, backend="triton")
+    assert packed[:, :70].isfinite().all() and finals[0].isfinite().all()
+
+
 def test_the_table_of_many_documents():
     from hf_linear.kernels.layout import make_layout
 

@@ -142,6 +142,7 @@ class Blocks:
         return fits and self.K * self.V > 128 * 128 and not (self.layout.packed and initial is not None)
 
     def walk_outputs(self, initial: Tensor | None, final: Tensor) -> Tensor:
+        """o [B, T, H, V], and the final states into `final`: see `scalar_walk`."""
         H, tile = self.H, kept_tile(self.K)
         KP, C, BV = tile["KP"], tile["C"], tile["BV"]
         chunks = BLOCK.value // C * self.layout.blocks
@@ -157,7 +158,7 @@ class Blocks:
         out, tiles = self.v.new_empty(self.v.shape), self.V // BV
         parts, blocks = row_segments(self.layout, self.layout.rows * H * tiles, self.v.device, at_once=1)
         entering = initial_ = self.decays  # pointers that are never followed
-        if parts > 1:  # no state is written: the local walk only adds up
+        if parts > 1:  # a local walk writes no states: any tensor of their dtype stands in for them
             entering, _ = self.entering(((self.k, self.v, self.k, initial, None),), parts, blocks)
         if initial is not None:
             initial_ = ready(initial)
